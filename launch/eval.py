@@ -1,0 +1,26 @@
+"""Score a stream with a run's best checkpoint: perplexities and bits per byte, with the counts behind them.
+
+    python launch/eval.py --run.directory=runs/imdb
+    accelerate launch --config_file launch/one_node.yaml launch/eval.py --run.directory=runs/imdb --eval.split=test
+
+The result is printed as one JSON object.
+"""
+
+import json
+import os
+
+from rnnlm.config import read_config, run_door
+
+
+def main() -> None:
+    """Read the run's configuration, evaluate, print."""
+    config = read_config(("stream", "model", "train", "eval", "run"), __doc__, of_run=True)
+    from rnnlm.trainer import evaluate_run  # after --help: torch takes a second to import
+
+    result = evaluate_run(config)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(result.to_dict(), indent=1))
+
+
+if __name__ == "__main__":
+    run_door(main)

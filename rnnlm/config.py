@@ -1,0 +1,466 @@
+"""Every knob of the project: one frozen dataclass per section, read from YAML and the command line.
+
+One file describes one experiment from corpus to generated text; each door reads the sections it needs and checks
+the keys of all of them, so that `--config configs/imdb.yaml` fits every door. Order: defaults, then the files of
+`--config`, then the other options. All faults are reported at once, each with its key, its value and the way out.
+The price of one file for all doors: a run's record holds only the sections that training reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave; doors print its one line and exit with code 2."""
+
+
+def changeable(default: T) -> T:
+    """A field that may differ when a run is resumed; all others are part of the run's identity."""
+    result: T = field(default=default, metadata={"changeable": True})
+    return result
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """The text: which files, and what a document is."""
+
+    train: list[str] | str = ""
+    """Files, globs or fsspec URLs to train on; .gz, .xz and .zst are decompressed on the way."""
+    valid: list[str] | str = ""
+    """The same for validation; empty: stream.valid_fraction of the training documents is split off."""
+    test: list[str] | str = ""
+    """The same for a test stream; empty: none."""
+    document: Literal["line", "file", "jsonl"] = "line"
+    """What one document is: a line, a whole file, or one field of a JSON object per line."""
+    field: str = "text"
+    """The field of each JSON object that holds the text (document: jsonl)."""
+    on_bad_record: Literal["fail", "skip"] = "fail"
+    """Invalid UTF-8, invalid JSON or a missing field: stop and name file and byte, or skip and count."""
+    unit_bytes: int = 32 * 2**20
+    """Decompressed bytes per work unit; does not change the result."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The SentencePiece model that turns text into tokens."""
+
+    model: str = ""
+    """Path of the .model file to write or use; empty: tokenizer.model in stream.directory."""
+    kind: Literal["bpe", "unigram", "char"] = "bpe"
+    """Byte-pair encoding (Sennrich et al. 2016), unigram (Kudo 2018) or characters; all fall back to bytes."""
+    vocab_size: int = 16000
+    """Number of pieces, the 256 bytes, <unk> and </s> included."""
+    character_coverage: float = 0.9995
+    """Share of the sample's characters that get a piece of their own; the rest is spelt in bytes."""
+    normalization: Literal["identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"] = "nmt_nfkc"
+    """SentencePiece's normalisation; the _cf forms also fold case; identity changes nothing."""
+    keep_whitespace: bool = False
+    """Keep runs of spaces, tabs and line ends (source code, poems) instead of collapsing them."""
+    user_defined_symbols: list[str] = field(default_factory=list)
+    """Texts that are always one token."""
+    sample_bytes: int = 64 * 2**20
+    """Text to train on: a seeded sample of the corpus of at most this size, held in memory."""
+    seed: int = 0
+    """Chooses the sample."""
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """The token streams on disk."""
+
+    directory: str = changeable("")
+    """Holds train/, valid/ and test/, one stream each."""
+    valid_fraction: float = 0.02
+    """Share of training documents, chosen by a keyed hash of their text, that become the valid stream."""
+    split_seed: int = 0
+    """The key of that hash."""
+    shard_tokens: int = 2**27
+    """Tokens per shard file (2 or 4 bytes each)."""
+    verify: bool = changeable(False)
+    """Check every byte of the streams before training, not only sizes and the manifest."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network: embedding, recurrent layers, softmax."""
+
+    cell: Literal["lstm", "gru", "rnn"] = "lstm"
+    """LSTM (Hochreiter & Schmidhuber 1997; Gers et al. 2000), GRU (Cho et al. 2014) or tanh RNN (Elman 1990)."""
+    embedding_size: int = 256
+    """Width of the token vectors."""
+    hidden_size: int = 512
+    """Width of each recurrent layer."""
+    layers: int = 2
+    """Number of recurrent layers."""
+    dropout: float = 0.0
+    """Probability of dropping a unit of each non-recurrent connection (Zaremba et al. 2014)."""
+    dropout_kind: Literal["ordinary", "locked"] = "ordinary"
+    """A new mask at every position, or one mask for a whole window (variational, Gal & Ghahramani 2016)."""
+    tied: bool = False
+    """Share the token vectors between input and softmax (Press & Wolf 2017; Inan et al. 2017)."""
+    init: Literal["orthogonal", "uniform"] = "orthogonal"
+    """Recurrent weights orthogonal (Saxe et al. 2014) and others Glorot, or all uniform (Zaremba et al. 2014)."""
+    init_range: float = 0.1
+    """Half-width of the uniform initialisation; token vectors use it under either scheme."""
+    forget_bias: float = 1.0
+    """Initial bias of the LSTM's forget gate (Gers et al. 2000; Jozefowicz et al. 2015)."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and its learning rate."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    """Adam (Kingma & Ba 2015), AdamW (Loshchilov & Hutter 2019) or SGD; PyTorch's fused kernels."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    momentum: float = 0.0
+    """SGD only."""
+    beta1: float = 0.9
+    """Adam: decay of the first moment."""
+    beta2: float = 0.999
+    """Adam: decay of the second moment."""
+    eps: float = 1e-8
+    """Adam: added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Applied to matrices, not to biases; decoupled in adamw, L2 in adam and sgd."""
+    clip_norm: float = 0.25
+    """Largest global norm of the gradient (Pascanu et al. 2013); 0: no clipping."""
+    schedule: Literal["constant", "cosine", "plateau"] = "constant"
+    """After the warm-up: constant, half a cosine (Loshchilov & Hutter 2017), or cut when validation stalls."""
+    warmup_steps: int = 0
+    """Steps of linear rise from 0."""
+    horizon_steps: int = 0
+    """Step at which the cosine ends; 0: the run's length when it first started."""
+    final_ratio: float = 0.1
+    """Cosine: last learning rate over the peak."""
+    plateau_factor: float = 0.5
+    """Plateau: the learning rate is multiplied by this."""
+    plateau_patience: int = 0
+    """Plateau: evaluations without a new best that are tolerated before a cut."""
+    early_stop_patience: int = changeable(0)
+    """Evaluations without a new best after which training ends; 0: never."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Truncated backpropagation through time (Williams & Peng 1990) over the stream."""
+
+    seed: int = 1
+    """Initial weights, dropout masks, and the rotation between epochs."""
+    epochs: int = changeable(1)
+    """Passes over the stream; every token is a target once in each."""
+    max_steps: int = changeable(0)
+    """Stop after this many steps even if epochs are left; 0: no limit."""
+    global_batch_size: int = 64
+    """Number of substreams, over all processes together; not tokens."""
+    seq_len: int = 32
+    """Tokens of each substream in one window: gradients stop at its edge, the hidden state is carried over."""
+    accumulation: int = changeable(1)
+    """Micro-batches per step; each takes its share of the substreams."""
+    rotate: bool = True
+    """Move the window boundaries between epochs by rotating the ring."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the layers; weights, updates and losses stay fp32. fp16 needs a GPU."""
+    tf32: bool = False
+    """fp32 products on GPUs in TF32 (10-bit mantissa): faster, less exact."""
+    device: Literal["auto", "cpu", "cuda"] = changeable("auto")
+    """auto: GPUs where there are any."""
+    cpu_threads: int = changeable(0)
+    """Threads per process on a CPU; 0: cores divided by processes."""
+    deterministic: bool = changeable(False)
+    """Only GPU kernels that give the same bits every time; slower."""
+    prefetch_workers: int = changeable(1)
+    """Loader processes that read ahead; 0: read in the training process. Never changes the order."""
+    loss_chunk_tokens: int = changeable(512)
+    """Tokens whose logits are in memory at once."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation with carried hidden state, in fp32, every token scored once."""
+
+    split: Literal["train", "valid", "test"] = changeable("valid")
+    """Which stream of stream.directory."""
+    batch_size: int = changeable(64)
+    """Substreams that the stream is cut into; the result depends on this and on nothing else."""
+    every_steps: int = changeable(0)
+    """Steps between evaluations while training; 0: at the end of each epoch."""
+    count_eos: bool = changeable(True)
+    """Whether predicting the end of a document counts as a token and as a word."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Text from the model."""
+
+    prompts: list[str] | str = changeable("")
+    """What to continue; while training, after every evaluation; at generate.py, none means interactive."""
+    samples: int = changeable(1)
+    """Continuations of each prompt."""
+    max_tokens: int = changeable(100)
+    """Length of a continuation, unless it ends by itself."""
+    temperature: float = changeable(0.8)
+    """Divides the logits; 0: always the likeliest token."""
+    top_k: int = changeable(0)
+    """Draw among this many likeliest tokens (Fan et al. 2018); 0: all."""
+    top_p: float = changeable(1.0)
+    """Draw among the fewest tokens with this probability together (nucleus, Holtzman et al. 2020)."""
+    stop_at_eos: bool = changeable(True)
+    """End a continuation when the model ends the document."""
+    seed: int = changeable(0)
+    """Same seed, same text."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what it writes."""
+
+    directory: str = changeable("")
+    """Holds configuration, checkpoints, metrics.jsonl, samples.md, curves.png; name it again to resume."""
+    log_every_steps: int = changeable(10)
+    """Steps per line of metrics."""
+    save_every_steps: int = changeable(500)
+    """Steps per checkpoint; one is also written at the end."""
+    keep_last: int = changeable(2)
+    """Checkpoints kept, the best one not counted; at least 2."""
+    checkpoint: Literal["best", "last"] = changeable("best")
+    """Which one eval.py and generate.py read."""
+    wandb: Literal["off", "online", "offline"] = changeable("off")
+    """Also report to Weights & Biases; its failure never stops training."""
+    wandb_project: str = changeable("rnnlm")
+    """Project name there."""
+
+
+def _section(kind: Callable[[], T]) -> T:
+    result: T = field(default_factory=kind)
+    return result
+
+
+@dataclass(frozen=True)
+class Config:
+    """All sections."""
+
+    corpus: CorpusConfig = _section(CorpusConfig)
+    tokenizer: TokenizerConfig = _section(TokenizerConfig)
+    stream: StreamConfig = _section(StreamConfig)
+    model: ModelConfig = _section(ModelConfig)
+    optim: OptimConfig = _section(OptimConfig)
+    train: TrainConfig = _section(TrainConfig)
+    eval: EvalConfig = _section(EvalConfig)
+    generate: GenerateConfig = _section(GenerateConfig)
+    run: RunConfig = _section(RunConfig)
+
+    def faults(self) -> list[str]:
+        """Every value that cannot work, as `section.key=value: what is expected`."""
+        low = {  # inclusive lower bounds
+            "corpus.unit_bytes": 1, "tokenizer.vocab_size": 1, "tokenizer.sample_bytes": 1,
+            "stream.shard_tokens": 1, "stream.valid_fraction": 0, "model.embedding_size": 1, "model.hidden_size": 1,
+            "model.layers": 1, "model.dropout": 0, "model.init_range": 0, "optim.learning_rate": 0,
+            "optim.momentum": 0, "optim.beta1": 0, "optim.beta2": 0, "optim.eps": 0, "optim.weight_decay": 0,
+            "optim.clip_norm": 0, "optim.warmup_steps": 0, "optim.horizon_steps": 0, "optim.final_ratio": 0,
+            "optim.plateau_factor": 0, "optim.plateau_patience": 0, "optim.early_stop_patience": 0,
+            "train.epochs": 1, "train.max_steps": 0, "train.global_batch_size": 1, "train.seq_len": 1,
+            "train.accumulation": 1, "train.cpu_threads": 0, "train.prefetch_workers": 0,
+            "train.loss_chunk_tokens": 1, "eval.batch_size": 1, "eval.every_steps": 0, "generate.samples": 1,
+            "generate.max_tokens": 1, "generate.temperature": 0, "generate.top_k": 0, "generate.top_p": 0,
+            "run.log_every_steps": 1, "run.save_every_steps": 1, "run.keep_last": 2,
+        }  # fmt: skip
+        below = {"stream.valid_fraction": 1, "model.dropout": 1, "optim.momentum": 1, "optim.beta1": 1, "optim.beta2": 1}
+        high = {"tokenizer.character_coverage": 1, "optim.plateau_factor": 1, "optim.final_ratio": 1, "generate.top_p": 1}
+        found = []
+        for key, value in self.flat().items():
+            if isinstance(value, float) and not math.isfinite(value):
+                found.append(f"{key}={value}: must be a finite number")
+            elif key in low and value < low[key]:
+                found.append(f"{key}={value}: must be at least {low[key]}")
+            elif key in below and value >= below[key]:
+                found.append(f"{key}={value}: must be below {below[key]}")
+            elif key in high and value > high[key]:
+                found.append(f"{key}={value}: must be at most {high[key]}")
+        size, parts = self.train.global_batch_size, self.train.accumulation
+        if parts >= 1 and size % parts:
+            found.append(
+                f"train.global_batch_size={size}: not divisible by train.accumulation={parts}; use {nearest(size, parts)}"
+            )
+        return found
+
+    def flat(self) -> dict[str, Any]:
+        """`section.key` -> value, for every field."""
+        return {f"{s}.{k}": v for s, part in dataclasses.asdict(self).items() for k, v in part.items()}
+
+
+TRAINING_SECTIONS = ("stream", "model", "optim", "train", "eval", "generate", "run")
+
+
+def nearest(size: int, divisor: int) -> str:
+    """The multiples of `divisor` around `size`, for an error's way out: nearest(100, 8) is '96 or 104'."""
+    down = size - size % divisor
+    return f"{down} or {down + divisor}" if down else f"{divisor}"
+
+
+def as_list(value: list[str] | str) -> list[str]:
+    """A knob that takes one text or several, as a list; the empty text is no text."""
+    return [value] if isinstance(value, str) and value else list(value)
+
+
+def field_kinds() -> dict[str, bool]:
+    """`section.key` -> whether it may change on resume."""
+    defaults = Config()
+    return {
+        f"{section.name}.{knob.name}": bool(knob.metadata.get("changeable"))
+        for section in dataclasses.fields(Config)
+        for knob in dataclasses.fields(getattr(defaults, section.name))
+    }
+
+
+def load_yaml(path: str | Path) -> dict[str, dict[str, Any]]:
+    """The sections of a configuration file.
+
+    Raises:
+        UserError: no such file, not YAML, or not `section: {key: value}`.
+    """
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"--config={path}: {error.strerror}; give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config={path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, dict) or not all(isinstance(part, dict) for part in loaded.values()):
+        raise UserError(f"--config={path}: expected sections with keys under them, as in configs/imdb.yaml")
+    return loaded
+
+
+def dump_yaml(config: Config, sections: Sequence[str]) -> str:
+    """The resolved values of these sections; reading it back gives an equal configuration."""
+    values = dataclasses.asdict(config)
+    return yaml.safe_dump({name: values[name] for name in sections}, sort_keys=False, allow_unicode=True)
+
+
+def unknown_keys(keys: Iterable[str], where: str) -> list[str]:
+    """A fault for each key that no section has, with the nearest one that exists."""
+    known = list(field_kinds())
+    found = []
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            found.append(f"{key}: no such key in {where}; did you mean {near}?")
+    return found
+
+
+def _split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(paths of --config, all other arguments), in their order."""
+    files, rest = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            files.append(next(arguments, ""))
+        elif argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        else:
+            rest.append(argument)
+    return files, rest
+
+
+def differing(config: Config, recorded: dict[str, dict[str, Any]]) -> list[str]:
+    """Fields of a run's identity that differ from its record, as `section.key=there there, here here`."""
+    kinds, found = field_kinds(), []
+    for key, value in config.flat().items():
+        section, name = key.split(".")
+        if section in recorded and not kinds[key] and recorded[section].get(name, value) != value:
+            found.append(f"{key} is {recorded[section][name]} there, {value} now")
+    return found
+
+
+def _recorded(arguments: Sequence[str]) -> str:
+    """The path of the configuration of the run that `--run.directory` names."""
+    option = "--run.directory"
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == option or argument.startswith(f"{option}="):
+            directory = following if argument == option else argument.removeprefix(f"{option}=")
+            if not (Path(directory) / "config.yaml").is_file():
+                raise UserError(f"run.directory={directory}: no run there; train one with launch/train.py")
+            return str(Path(directory) / "config.yaml")
+    raise UserError("run.directory is not set; name a run, as in --run.directory=runs/imdb")
+
+
+def read_config(
+    sections: Sequence[str], doc: str | None, argv: Sequence[str] | None = None, of_run: bool = False
+) -> Config:
+    """The configuration of a door: defaults, then the files of --config, then the other options.
+
+    Args:
+        sections: the sections that this door reads and shows under --help; others are checked and left at default.
+        doc: the door's docstring, shown under --help.
+        argv: the arguments; None: those of the process.
+        of_run: start from the configuration recorded in run.directory, which must be an option.
+
+    Raises:
+        UserError: naming every unknown key and every bad value at once.
+    """
+    import jsonargparse  # not at the top: readers of a stream need no command line
+
+    files, rest = _split_command_line(sys.argv[1:] if argv is None else argv)
+    if of_run and not {"-h", "--help"} & set(rest):
+        files.insert(0, _recorded(rest))
+    loaded = {path: load_yaml(path) for path in files}
+    faults = []
+    for path, content in loaded.items():
+        faults += unknown_keys((f"{section}.{key}" for section, part in content.items() for key in part), path)
+    names = [argument[2:].split("=")[0].rstrip("+") for argument in rest if argument.startswith("--")]
+    faults += unknown_keys((name for name in names if name not in ("help", "print_config")), "the command line")
+    if faults:
+        raise UserError("; ".join(faults))
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Keeps the lines of the doors' docstrings."""
+
+    parser = jsonargparse.ArgumentParser(description=doc, exit_on_error=False, formatter_class=Formatter)
+    parser.add_argument("--config", action="config", help="YAML file of an experiment; may be given several times.")
+    for section in sections:
+        parser.add_class_arguments(type(getattr(Config(), section)), section)
+    texts = [
+        f"--config={yaml.safe_dump({name: content[name] for name in content if name in sections})}"
+        for content in loaded.values()
+    ]
+    try:
+        parsed = parser.instantiate(parser.parse_args(texts + rest))
+    except jsonargparse.ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from error
+    config = Config(**{section: parsed[section] for section in sections})
+    faults = config.faults()
+    if faults:
+        raise UserError("; ".join(faults))
+    return config
+
+
+def run_door(main: Callable[[], int | None]) -> None:
+    """Run a door's main: a user's mistake is one line and exit code 2, Ctrl-C is one line and 130."""
+    try:
+        code = main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # one line, not one per process
+            print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("\ninterrupted; type the same command again to go on", file=sys.stderr)
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)

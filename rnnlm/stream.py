@@ -1,0 +1,378 @@
+"""The token stream on disk: format, writer, memory-mapped reader, verification.
+
+    stream.json          the manifest, written last: without it there is no stream
+    tokenizer.model      the model that made the tokens
+    shard-00000.npy ...  tokens, all documents in order, each ended by EOS; uint16, or uint32 above 65,536 pieces
+    documents.npy        int64 (documents, 3): running totals of tokens, UTF-8 bytes of the text, words
+
+Everything is plain `.npy`, so ten lines of numpy read it. A file's digest is over the bytes behind its header, since
+the header holds the final count; the header is compared with the only one that dtype and count allow. The price of
+running totals: a document's own size is a difference of two rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rnnlm.config import UserError
+from rnnlm.tokenizer import Tokenizer
+
+FORMAT = "rnnlm-stream"
+VERSION = 1
+HEADER_BYTES = 128  # numpy pads headers to 64; ours always fit into 128
+READ_BYTES = 2**22
+MANIFEST_BYTES = 2**26  # no manifest is larger: 10,000 shards take 2 MB
+
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+
+
+class StreamError(UserError):
+    """A stream that is missing, damaged, or not what its manifest says."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What stream.json holds; `digest` is the sha256 of the rest and stands for the whole stream."""
+
+    dtype: str
+    vocab_size: int
+    eos_id: int
+    tokenizer: str  # sha256 of tokenizer.model
+    tokens: int
+    documents: int
+    text_bytes: int
+    words: int
+    records: Mapping[str, int]  # read = kept + empty + rejected, each rejection under its reason
+    source: Mapping[str, Any]  # what it was built from: same source, same stream
+    shards: list[dict[str, Any]]  # name, tokens, sha256
+    documents_sha256: str
+    digest: str = ""
+
+    def to_json(self) -> str:
+        """The manifest as text, its digest in it."""
+        body = {"format": FORMAT, "version": VERSION, **self.__dict__}
+        del body["digest"]
+        return json.dumps({**body, "digest": json_digest(body)}, indent=1)
+
+    @classmethod
+    def read(cls, directory: str | Path) -> Manifest:
+        """The manifest of a stream.
+
+        Raises:
+            StreamError: no stream there, an unknown format, or a manifest whose own digest differs.
+        """
+        path = Path(directory) / "stream.json"
+        try:
+            if path.stat().st_size > MANIFEST_BYTES:
+                raise StreamError(f"{path}: larger than any manifest; build the stream again")
+            body = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise StreamError(f"{path}: {error.strerror}; build the stream with tools/build_stream.py") from error
+        except ValueError as error:
+            raise StreamError(f"{path}: not JSON ({error}); build the stream again") from error
+        if not isinstance(body, dict) or (body.pop("format", None), body.pop("version", None)) != (FORMAT, VERSION):
+            raise StreamError(f"{path}: not a stream of format {FORMAT} version {VERSION}; build it again")
+        digest = body.pop("digest", None)
+        if digest != json_digest({"format": FORMAT, "version": VERSION, **body}):
+            raise StreamError(f"{path}: was changed since it was written (its digest differs); build the stream again")
+        return cls(**body, digest=digest)
+
+
+def json_digest(value: Any) -> str:
+    """sha256 of a JSON value in its canonical spelling."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def fsync_directory(path: Path) -> None:
+    """Make names in a directory durable; a rename is on disk only after this."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """A version 1.0 `.npy` header of exactly HEADER_BYTES bytes."""
+    text = repr({"descr": dtype, "fortran_order": False, "shape": shape}).encode("latin1")
+    text = text.ljust(HEADER_BYTES - 11) + b"\n"
+    return b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + text
+
+
+class _ArrayFile:
+    """An `.npy` file that grows: the header's place is kept free until the length is known."""
+
+    def __init__(self, path: Path, dtype: str, columns: tuple[int, ...] = ()):
+        self.path, self.dtype, self.columns, self.rows = path, dtype, columns, 0
+        self._file: IO[bytes] = path.open("wb")
+        self._file.write(bytes(HEADER_BYTES))
+        self._sha256 = hashlib.sha256()
+
+    def append(self, array: npt.NDArray[Any]) -> None:
+        data = np.ascontiguousarray(array, dtype=self.dtype).tobytes()
+        self._file.write(data)  # not through a memmap: a full disk is then an error, not a SIGBUS
+        self._sha256.update(data)
+        self.rows += len(array)
+
+    def close(self) -> str:
+        """Finish the file durably; its digest."""
+        self._file.seek(0)
+        self._file.write(_npy_header(self.dtype, (self.rows, *self.columns)))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._sha256.hexdigest()
+
+
+class StreamWriter:
+    """Writes one stream under `<directory>.partial`; commit() gives it its name.
+
+    Units are appended in corpus order by one writer, so the bytes do not depend on who encoded them.
+    """
+
+    def __init__(self, directory: Path, tokenizer: Tokenizer, shard_tokens: int):
+        self.directory, self.tokenizer, self.shard_tokens = directory, tokenizer, shard_tokens
+        self.partial = directory.with_name(directory.name + ".partial")
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        self._documents = _ArrayFile(self.partial / "documents.npy", "<i8", (3,))
+        self._totals = np.zeros(3, dtype=np.int64)
+        self._shards: list[dict[str, Any]] = []
+        self._shard: _ArrayFile | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens appended so far."""
+        return int(self._totals[0])
+
+    def append(self, tokens: npt.NDArray[Any], documents: npt.NDArray[np.int64]) -> None:
+        """Append whole documents: their tokens, and (documents, 3) their tokens, bytes and words.
+
+        Raises:
+            StreamError: a token outside the vocabulary (it is never wrapped into the dtype).
+        """
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.tokenizer.vocab_size:
+            raise StreamError(
+                f"{self.directory}: token {int(tokens.max())} is outside the vocabulary of {self.tokenizer.vocab_size}"
+            )
+        assert int(documents[:, 0].sum()) == len(tokens)
+        self._documents.append(self._totals + np.cumsum(documents, axis=0))
+        self._totals = self._totals + documents.sum(axis=0)
+        while len(tokens):
+            if self._shard is None:
+                self._shard = _ArrayFile(self.partial / f"shard-{len(self._shards):05d}.npy", self.dtype)
+            room = self.shard_tokens - self._shard.rows
+            self._shard.append(tokens[:room])
+            tokens = tokens[room:]
+            if self._shard.rows == self.shard_tokens:
+                self._close_shard()
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            digest = self._shard.close()
+            self._shards.append({"name": self._shard.path.name, "tokens": self._shard.rows, "sha256": digest})
+            self._shard = None
+
+    def commit(self, records: Mapping[str, int], source: Mapping[str, Any]) -> Manifest:
+        """Write the manifest, then rename the directory: from then on there is a stream."""
+        self._close_shard()
+        tokens, text_bytes, words = (int(total) for total in self._totals)
+        manifest = Manifest(
+            dtype=self.dtype,
+            vocab_size=self.tokenizer.vocab_size,
+            eos_id=self.tokenizer.eos_id,
+            tokenizer=self.tokenizer.digest,
+            tokens=tokens,
+            documents=self._documents.rows,
+            text_bytes=text_bytes,
+            words=words,
+            records=dict(records),
+            source=dict(source),
+            shards=self._shards,
+            documents_sha256=self._documents.close(),
+        )
+        write_durably(self.partial / "tokenizer.model", self.tokenizer.model)
+        write_durably(self.partial / "stream.json", manifest.to_json().encode())
+        fsync_directory(self.partial)
+        self.partial.rename(self.directory)
+        fsync_directory(self.directory.parent)
+        return Manifest.read(self.directory)
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The smallest of uint16 and uint32 that holds every id, as a little-endian numpy name."""
+    return "<u2" if vocab_size <= 2**16 else "<u4"
+
+
+class TokenStream:
+    """A stream opened for reading: sizes and the manifest are checked now, contents by verify().
+
+    Shards are mapped when they are first read, so opening takes the same time for one and for ten thousand.
+    """
+
+    def __init__(self, directory: str | Path):
+        """Open a stream.
+
+        Raises:
+            StreamError: missing, or a file that is missing or has another size than the manifest says.
+        """
+        self.directory = Path(directory)
+        self.manifest = Manifest.read(directory)
+        self.tokens = self.manifest.tokens
+        self._ends = np.cumsum([shard["tokens"] for shard in self.manifest.shards], dtype=np.int64)
+        self._maps: dict[int, Tokens] = {}
+        if sum(shard["tokens"] for shard in self.manifest.shards) != self.tokens:
+            raise StreamError(f"{self.directory}: the shards do not add up to tokens={self.tokens}; build it again")
+        width = np.dtype(self.manifest.dtype).itemsize
+        self._check_size("documents.npy", 24 * self.manifest.documents)
+        for shard in self.manifest.shards:
+            self._check_size(shard["name"], width * shard["tokens"])
+
+    def __reduce__(self) -> tuple[type[TokenStream], tuple[Path]]:
+        return TokenStream, (self.directory,)  # loader workers map the files anew
+
+    def __len__(self) -> int:
+        return int(self.tokens)
+
+    def _check_size(self, name: str, data_bytes: int) -> None:
+        path = self.directory / name
+        if Path(name).name != name:
+            raise StreamError(f"{self.directory}: a shard is called {name!r}, outside the directory; build it again")
+        found = path.stat().st_size if path.is_file() else -1
+        if found != HEADER_BYTES + data_bytes:
+            expected = f"expected {HEADER_BYTES + data_bytes} bytes"
+            state = "is missing" if found < 0 else f"has {found} bytes"
+            raise StreamError(f"{path}: {state}, {expected}; copy it again or build the stream again")
+
+    def _map(self, name: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        path = self.directory / name
+        with path.open("rb") as file:
+            if file.read(HEADER_BYTES) != _npy_header(dtype, shape):
+                raise StreamError(f"{path}: its header is not that of {dtype} {shape}; copy it again")
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        # np.asarray: slicing the memmap class itself is fifty times slower
+        return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=shape))
+
+    def shard(self, index: int) -> Tokens:
+        """The tokens of one shard, mapped, not read."""
+        if index not in self._maps:
+            shard = self.manifest.shards[index]
+            self._maps[index] = self._map(shard["name"], self.manifest.dtype, (shard["tokens"],))
+        return self._maps[index]
+
+    @property
+    def documents(self) -> npt.NDArray[np.int64]:
+        """(documents, 3): running totals of tokens, UTF-8 bytes, words."""
+        return self._map("documents.npy", "<i8", (self.manifest.documents, 3))
+
+    def windows(self, starts: npt.NDArray[np.int64], length: int) -> Tokens:
+        """The tokens at `starts[i] ... starts[i] + length - 1` of the ring: (len(starts), length).
+
+        Positions are taken modulo the number of tokens: the first token follows the last.
+        """
+        starts = np.asarray(starts, dtype=np.int64) % self.tokens
+        out = np.empty((len(starts), length), dtype=self.manifest.dtype)
+        shards = np.searchsorted(self._ends, starts, side="right")
+        for index in np.unique(shards):
+            tokens = self.shard(int(index))
+            begins = starts - (self._ends[index] - len(tokens))
+            whole = (shards == index) & (begins + length <= len(tokens))
+            if whole.any():
+                views = np.lib.stride_tricks.sliding_window_view(tokens, length)
+                out[whole] = views[begins[whole]]
+            for row in np.flatnonzero((shards == index) & ~whole):
+                self._gather(int(starts[row]), out[row])
+        return out
+
+    def _gather(self, start: int, out: Tokens) -> None:
+        """Fill `out` from ring position `start` on, across shards and the ring's end."""
+        filled = 0
+        while filled < len(out):
+            position = (start + filled) % self.tokens
+            index = int(np.searchsorted(self._ends, position, side="right"))
+            tokens = self.shard(index)
+            begin = position - int(self._ends[index] - len(tokens))
+            part = tokens[begin : begin + len(out) - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+
+    def tokenizer(self) -> Tokenizer:
+        """The stream's own tokenizer.
+
+        Raises:
+            StreamError: tokenizer.model is not the one the stream was built with.
+        """
+        found = Tokenizer.load(self.directory / "tokenizer.model")
+        if found.digest != self.manifest.tokenizer:
+            raise StreamError(f"{self.directory}/tokenizer.model: not the model that made this stream; build it again")
+        return found
+
+    def verify(self) -> Iterator[tuple[str, int]]:
+        """Check every byte; yields (file, bytes) as each one is found right.
+
+        Raises:
+            StreamError: naming the first file that is wrong, and what was found.
+        """
+        tokenizer = self.tokenizer()
+        if (tokenizer.vocab_size, tokenizer.eos_id) != (self.manifest.vocab_size, self.manifest.eos_id):
+            raise StreamError(f"{self.directory}: vocabulary size or EOS differ from those of tokenizer.model")
+        yield "tokenizer.model", len(tokenizer.model)
+        extra = {path.name for path in self.directory.iterdir()} - {shard["name"] for shard in self.manifest.shards}
+        if extra := extra - {"stream.json", "tokenizer.model", "documents.npy"}:
+            raise StreamError(f"{self.directory}: files that are no part of the stream: {', '.join(sorted(extra))}")
+        end_of_documents = 0
+        for index, shard in enumerate(self.manifest.shards):
+            tokens = self.shard(index)
+            self._verify_digest(shard["name"], tokens, shard["sha256"])
+            for block in np.array_split(tokens, max(1, len(tokens) * tokens.itemsize // READ_BYTES)):
+                if int(block.max()) >= self.manifest.vocab_size:
+                    raise StreamError(f"{self.directory}/{shard['name']}: a token outside the vocabulary")
+                end_of_documents += int(np.count_nonzero(block == self.manifest.eos_id))
+            yield shard["name"], tokens.nbytes
+        self._verify_documents(end_of_documents)
+        yield "documents.npy", 24 * self.manifest.documents
+
+    def _verify_digest(self, name: str, array: npt.NDArray[Any], expected: str) -> None:
+        sha256 = hashlib.sha256()
+        data = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")
+        for start in range(0, len(data), READ_BYTES):
+            sha256.update(data[start : start + READ_BYTES])
+        if sha256.hexdigest() != expected:
+            raise StreamError(f"{self.directory / name}: its contents differ from the digest in stream.json")
+
+    def _verify_documents(self, end_of_documents: int) -> None:
+        documents = self.documents
+        self._verify_digest("documents.npy", documents, self.manifest.documents_sha256)
+        manifest = self.manifest
+        totals = documents[-1].tolist() if len(documents) else [0, 0, 0]
+        if totals != [manifest.tokens, manifest.text_bytes, manifest.words]:
+            raise StreamError(f"{self.directory}/documents.npy: its totals {totals} are not those of stream.json")
+        if end_of_documents != manifest.documents:
+            raise StreamError(f"{self.directory}: {end_of_documents} EOS tokens for {manifest.documents} documents")
+        records = dict(manifest.records)
+        if records.pop("read") != sum(records.values()):
+            raise StreamError(f"{self.directory}/stream.json: records read are not kept + empty + rejected")

@@ -1,0 +1,156 @@
+"""Substreams: which tokens every row of every step reads, as arithmetic on the step number.
+
+The stream is a ring of N tokens, cut into S contiguous substreams; a step consumes one window of `seq_len` tokens of
+each, so that hidden states carry over from step to step, and the data position *is* the step number. Here N = 60
+tokens 1..60, S = 3, seq_len = 6:
+
+            step 0             step 1             step 2             step 3
+    row 0 | 1  2  3  4  5  6 | 7  8  9 10 11 12 | 13 14 15 16 17 18 | 19 20  .  .  .  .
+    row 1 | 21 22 23 24 25 26| 27 28 29 30 31 32| 33 34 35 36 37 38 | 39 40  .  .  .  .
+    row 2 | 41 42 43 44 45 46| 47 48 49 50 51 52| 53 54 55 56 57 58 | 59 60  .  .  .  .
+
+Targets are one later on the ring: 60 is followed by 1. Dots are masked, so shapes stay the same. Every token is a
+target exactly once per epoch, whatever N, S and seq_len; the price is up to S * seq_len - 1 masked places in an
+epoch's last window. Later epochs start at a drawn offset, so that windows begin elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from rnnlm.stream import TokenStream
+
+Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Ring:
+    """How N `tokens` are read by S `substreams` in windows of `seq_len`; pure arithmetic, no data.
+
+    Args:
+        rotate_seed: epochs after the first start at an offset drawn from (rotate_seed, epoch); None: all at 0.
+    """
+
+    tokens: int
+    substreams: int
+    seq_len: int
+    rotate_seed: int | None = None
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Steps in an epoch."""
+        longest = -(-self.tokens // self.substreams)
+        return -(-longest // self.seq_len)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, window in the epoch) of a step; the hidden state starts from zero where the window is 0."""
+        return divmod(step, self.windows_per_epoch)
+
+    def offset(self, epoch: int) -> int:
+        """Ring position at which substream 0 starts in this epoch."""
+        if epoch == 0 or self.rotate_seed is None:
+            return 0
+        digest = hashlib.blake2b(f"{self.rotate_seed}:{epoch}".encode(), digest_size=16).digest()
+        return int.from_bytes(digest, "little") % self.tokens
+
+    def edges(self, first: int, last: int) -> Positions:
+        """Stream positions of the beginnings of substreams first..last, the end of the last one included."""
+        # Python's integers: r * N exceeds 64 bits for streams of 10^12 tokens and 10^7 substreams
+        return np.array([row * self.tokens // self.substreams for row in range(first, last + 1)], dtype=np.int64)
+
+    def targets_before(self, step: int) -> int:
+        """Targets of all steps before this one: the tokens trained on so far."""
+        epoch, window = self.locate(step)
+        short, longer = divmod(self.tokens, self.substreams)  # `longer` substreams have one token more than `short`
+        done = window * self.seq_len
+        return epoch * self.tokens + longer * min(done, short + 1) + (self.substreams - longer) * min(done, short)
+
+    def place(self, step: int, first: int, last: int) -> tuple[Positions, Positions]:
+        """Where rows first..last-1 read at a step: (ring positions, number of targets), each (last - first,)."""
+        epoch, window = self.locate(step)
+        edges = self.edges(first, last)
+        done = window * self.seq_len
+        lengths = np.clip(np.diff(edges) - done, 0, self.seq_len)
+        return (edges[:-1] + (done + self.offset(epoch))) % self.tokens, lengths
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One window of some substreams, on the CPU.
+
+    Args:
+        step: the step it belongs to.
+        tokens: (B, seq_len + 1), as stored on disk; inputs are all but the last column, targets all but the first.
+        lengths: (B,) number of targets of each row; later ones are masked.
+        positions: (B,) ring position of each row's first input.
+    """
+
+    step: int
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+    positions: torch.Tensor
+
+    def pin_memory(self) -> Batch:
+        """The loader calls this for GPUs."""
+        return Batch(self.step, self.tokens.pin_memory(), self.lengths.pin_memory(), self.positions)
+
+    def to(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(inputs, targets), each (B, seq_len) int64 on the device, widened there; masked targets are -1."""
+        tokens = self.tokens.to(device, non_blocking=True).to(torch.int64)  # (B, T + 1): half the bytes travel
+        lengths = self.lengths.to(device, non_blocking=True)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        place = torch.arange(targets.shape[1], device=device)
+        return inputs, targets.masked_fill(place[None, :] >= lengths[:, None], -1)
+
+
+class SubstreamDataset(IterableDataset[Batch]):
+    """Rows first..last-1 of every step from `first_step` on, up to `last_step`.
+
+    A loader's workers take turns (worker w of n has the steps first_step + w, + n, ...) and the loader collects them
+    in turn, so the order is that of the steps for any number of workers.
+    """
+
+    def __init__(self, stream: TokenStream, ring: Ring, first: int, last: int, first_step: int, last_step: int):
+        self.stream, self.ring = stream, ring
+        self.first, self.last = first, last
+        self.first_step, self.last_step = first_step, last_step
+
+    def batch(self, step: int) -> Batch:
+        """The rows at a step: a pure function of the step."""
+        starts, lengths = self.ring.place(step, self.first, self.last)
+        tokens = self.stream.windows(starts, self.ring.seq_len + 1)
+        return Batch(step, torch.from_numpy(tokens), torch.from_numpy(lengths), torch.from_numpy(starts))
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        turn, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        return map(self.batch, range(self.first_step + turn, self.last_step, workers))
+
+
+def loader(dataset: SubstreamDataset, workers: int, pin_memory: bool) -> DataLoader[Batch]:
+    """Batches in the order of the steps, read ahead by `workers` processes; 0: read when asked for.
+
+    Never hand it to Accelerate's `prepare`, which would deal its batches to the ranks a second time.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_ignore_signals if workers else None,
+    )
+
+
+def _ignore_signals(_: int) -> None:
+    """A worker that died of the run's signal would take the step in progress with it; it ends with its parent."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

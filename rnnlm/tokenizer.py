@@ -1,0 +1,221 @@
+"""The tokenizer: train a SentencePiece model on a bounded sample, load one, encode and decode.
+
+SentencePiece with byte fallback: no text is ever unknown. Every document ends with the EOS token, which also stands
+before the first document, so the model needs an EOS. The sample is chosen by a keyed hash of the text: bounded in
+memory, the same for any order or split of the files. The price: the whole corpus is read once to choose it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import heapq
+import io
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import sentencepiece
+
+from rnnlm.config import Config, TokenizerConfig, UserError
+from rnnlm.corpus import Document, documents, fraction_of, sources, units
+
+META = "\u2581"  # SentencePiece writes a space so
+PIECE_CHARACTERS = 16384  # longer documents enter the sample in pieces, so that none fills it alone
+HELD_BACK_BYTES = 2**20  # enough for bytes per token to three digits
+
+
+class Tokenizer:
+    """A SentencePiece model. `digest` (sha256 of its bytes) ties streams, checkpoints and runs to it."""
+
+    def __init__(self, model: bytes, name: str = "tokenizer"):
+        """Load a serialised model; `name` is what errors call it.
+
+        Raises:
+            UserError: not a SentencePiece model, or one without an end-of-sentence piece.
+        """
+        self.model = model
+        self.digest = hashlib.sha256(model).hexdigest()
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.vocab_size = int(self._processor.vocab_size())
+            self.eos_id = int(self._processor.eos_id())
+        except RuntimeError as error:
+            raise UserError(f"{name}: not a SentencePiece model; train one with tools/train_tokenizer.py") from error
+        if self.eos_id < 0:
+            raise UserError(f"{name}: has no EOS piece; train it with --eos_id, or use tools/train_tokenizer.py")
+        self._dummy_prefix = self._processor.id_to_piece(self.encode("a")[0]).startswith(META)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """The model in a file.
+
+        Raises:
+            UserError: the file is missing or no usable model.
+        """
+        try:
+            return cls(Path(path).read_bytes(), str(path))
+        except OSError as error:
+            raise UserError(
+                f"tokenizer.model={path}: {error.strerror}; train one with tools/train_tokenizer.py"
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without EOS."""
+        ids: list[int] = self._processor.encode(text)
+        return ids
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """The ids of several texts, each followed by EOS, on all cores."""
+        ids: list[list[int]] = self._processor.encode(texts, add_eos=True)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; EOS and other control pieces vanish, broken UTF-8 becomes U+FFFD."""
+        text: str = self._processor.decode([int(i) for i in ids])
+        return text
+
+    def decoder(self, context: Iterable[int] = ()) -> StreamDecoder:
+        """A decoder of ids that come one at a time after those of `context`."""
+        return StreamDecoder(self, at_start=self._dummy_prefix and all(i == self.eos_id for i in context))
+
+    def _piece_bytes(self, token: int) -> bytes:
+        if self._processor.is_control(token):
+            return b""
+        piece: str = self._processor.id_to_piece(token)
+        if self._processor.is_byte(token):
+            return bytes([int(piece[3:5], 16)])  # <0x0A>
+        if self._processor.is_unknown(token):
+            return self.decode([token]).encode()
+        return piece.replace(META, " ").encode()
+
+
+class StreamDecoder:
+    """Turns tokens into text as they come; the bytes of a character wait until it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer, at_start: bool):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._at_start = at_start  # the space that SentencePiece puts before a text is not part of it
+
+    def push(self, token: int) -> str:
+        """The text that is certain once `token` has come."""
+        data = self._tokenizer._piece_bytes(token)
+        if self._at_start and data:
+            data = data.removeprefix(b" ")
+            self._at_start = False
+        return self._utf8.decode(data)
+
+    def finish(self) -> str:
+        """What is left of an unfinished character: U+FFFD, or nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+class Sample:
+    """The documents with the smallest keyed hashes that fit into `max_bytes`, whatever order they come in."""
+
+    def __init__(self, max_bytes: int, seed: int):
+        self.max_bytes = max_bytes
+        self.seen_bytes = self.kept_bytes = 0
+        self._seed = seed
+        self._heap: list[tuple[float, str]] = []  # (-hash, text): the largest hash is dropped first
+        self._limit = 1.0  # a text with a larger hash has no chance any more
+
+    def add(self, text: str) -> None:
+        """Offer a document; long ones are cut into pieces after white space where there is any."""
+        start = 0
+        while start < len(text):
+            end = start + PIECE_CHARACTERS
+            if end < len(text):
+                space = max(text.rfind(" ", start, end), text.rfind("\n", start, end))
+                end = space + 1 if space > start else end
+            self._add_piece(text[start:end])
+            start = end
+
+    def _add_piece(self, piece: str) -> None:
+        size = len(piece.encode("utf-8", "surrogatepass"))
+        self.seen_bytes += size
+        rank = fraction_of(piece, self._seed)
+        if rank >= self._limit:
+            return
+        heapq.heappush(self._heap, (-rank, piece))
+        self.kept_bytes += size
+        while self.kept_bytes > self.max_bytes:
+            rank, dropped = heapq.heappop(self._heap)
+            self._limit = -rank
+            self.kept_bytes -= len(dropped.encode("utf-8", "surrogatepass"))
+
+    def texts(self) -> list[str]:
+        """The sample, in an order that depends on nothing but its texts."""
+        return [text for _, text in sorted(self._heap)]
+
+
+def train(texts: list[str], config: TokenizerConfig) -> Tokenizer:
+    """Train a model on `texts`; the same texts give the same model.
+
+    Raises:
+        UserError: no text, or a vocabulary size that the text does not allow.
+    """
+    if not texts:
+        raise UserError("corpus.train: no text in it, every document is empty; give a corpus with text")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type=config.kind,
+            vocab_size=config.vocab_size,
+            character_coverage=config.character_coverage,
+            normalization_rule_name=config.normalization,
+            remove_extra_whitespaces=not config.keep_whitespace,
+            allow_whitespace_only_pieces=config.keep_whitespace,
+            add_dummy_prefix=not config.keep_whitespace,
+            user_defined_symbols=config.user_defined_symbols,
+            byte_fallback=True,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            max_sentence_length=2**30,  # the default silently skips documents above 4192 bytes
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(_training_fault(str(error), config.vocab_size)) from error
+    return Tokenizer(model.getvalue())
+
+
+def train_on_corpus(config: Config, progress: Callable[[int], None]) -> tuple[Tokenizer, dict[str, float]]:
+    """Train on a sample of corpus.train; the documents of the valid split, at least 1 % of all, are held back.
+
+    Returns:
+        The tokenizer, and figures: bytes of the corpus and the sample, bytes per token on held-back documents.
+
+    Raises:
+        UserError: as in `train`, or a corpus that cannot be read.
+    """
+    sample = Sample(config.tokenizer.sample_bytes, config.tokenizer.seed)
+    held_back = Sample(HELD_BACK_BYTES, config.tokenizer.seed)
+    share = max(config.stream.valid_fraction, 0.01)
+    for unit in units(sources(config.corpus.train, "corpus.train"), config.corpus, progress):
+        for document in documents(unit, config.corpus):
+            if isinstance(document, Document):
+                held = fraction_of(document.text, config.stream.split_seed) < share
+                (held_back if held else sample).add(document.text)
+    tokenizer = train(sample.texts(), config.tokenizer)
+    figures = {
+        "corpus_bytes": sample.seen_bytes + held_back.seen_bytes,
+        "sample_bytes": sample.kept_bytes,
+        "held_back_bytes": held_back.kept_bytes,
+        "bytes_per_token": held_back.kept_bytes / max(1, sum(map(len, map(tokenizer.encode, held_back.texts())))),
+    }
+    return tokenizer, figures
+
+
+def _training_fault(message: str, vocab_size: int) -> str:
+    if found := re.search(r"Please set it to a value <= (\d+)", message):
+        return (
+            f"tokenizer.vocab_size={vocab_size}: larger than this text allows; use at most {found[1]}, or give more text"
+        )
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return f"tokenizer.vocab_size={vocab_size}: too small; the bytes and characters alone need {found[1]}"
+    return f"tokenizer: SentencePiece cannot train: {message}"

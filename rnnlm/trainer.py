@@ -1,0 +1,480 @@
+"""The training loop: the only user of Accelerate.
+
+Accelerate launches, places, wraps in DDP, mixes precisions and reduces. It never sees the loader (it would deal
+consecutive windows to different ranks), nor the schedule (it would step it once per rank), nor the hidden state: those
+are arithmetic on the step, and tensors of this module. A step's gradient is that of sum(loss) / (S * seq_len), a
+constant, so a token weighs the same in every step, on every rank, in every micro-batch.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import accelerate
+import torch
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list, gather_object
+
+import rnnlm
+from rnnlm import checkpoint
+from rnnlm.cells import Hidden
+from rnnlm.config import (
+    TRAINING_SECTIONS,
+    Config,
+    UserError,
+    as_list,
+    differing,
+    dump_yaml,
+    load_yaml,
+    nearest,
+)
+from rnnlm.evaluate import Evaluation, evaluate, exp
+from rnnlm.generate import generate
+from rnnlm.metrics import IntervalLoss, Metrics, Stopwatch, peak_memory_bytes
+from rnnlm.model import RecurrentLM
+from rnnlm.optim import (
+    ValidationMemory,
+    build_optimizer,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from rnnlm.stream import TokenStream, write_durably
+from rnnlm.substreams import Batch, Ring, SubstreamDataset, loader
+
+T = TypeVar("T")
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
+
+
+class Trainer:
+    """One life of a run: from its newest checkpoint, or from the beginning, to its end.
+
+    Raises:
+        UserError: a configuration, stream or run directory that cannot work, before anything is written.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.directory = Path(config.run.directory)
+        self.train_stream, self.valid_stream = open_streams(config)
+        self.tokenizer = self.train_stream.tokenizer()
+        self.ring = ring(config, self.train_stream)
+        self.accelerator = start_accelerator(config)
+        self.device = self.accelerator.device
+        self.processes, self.process = self.accelerator.num_processes, self.accelerator.process_index
+        self.first, self.last = self._share()
+        planned = config.train.epochs * self.ring.windows_per_epoch
+        self.total_steps = min(planned, config.train.max_steps or planned)
+
+        raw = RecurrentLM(
+            config.model, self.tokenizer.vocab_size, config.train.seed, config.train.loss_chunk_tokens
+        )
+        self.raw = raw.to(self.device)  # without DDP and autocast: for evaluation, generation, saving
+        self.raw_optimizer = build_optimizer(self.raw, config.optim)
+        self.model, self.optimizer = self.accelerator.prepare(self.raw, self.raw_optimizer)
+        self.rows = torch.arange(self.first, self.last, device=self.device)
+        self.hidden: Hidden = self.raw.zero_hidden(self.last - self.first)
+        self.memory = ValidationMemory()
+        self.step = 0  # updates done, and so the data position
+        self.horizon = config.optim.horizon_steps or self.total_steps
+        self.interval, self.clock = IntervalLoss(self.device), Stopwatch()
+        self.gradient_norm = torch.zeros((), device=self.device)
+        self.metrics: Metrics | None = None  # in the main process alone
+
+    def fit(self) -> None:
+        """Train to the end; the same call after any kind of death goes on where the newest checkpoint stands."""
+        self.resume()
+        if self.finished:
+            self.say_finished()
+            return
+        self.open_metrics()
+        for batch in self.batches():
+            self.train_step(batch)
+            if self.due(self.config.run.log_every_steps):
+                self.log()
+            if self.due(self.config.eval.every_steps or self.ring.windows_per_epoch):
+                self.validate()
+            if self.due(self.config.run.save_every_steps):
+                self.save()
+            if self.finished:
+                break
+        self.close()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done or early stopping has ended the run."""
+        return self.step >= self.total_steps or self.memory.should_stop(self.config.optim)
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and at the end, happens now."""
+        return self.step % every == 0 or self.finished
+
+    def batches(self) -> Iterator[Batch]:
+        """This process's batches from the present step on, each checked to go on where its rows ended."""
+        dataset = SubstreamDataset(self.train_stream, self.ring, self.first, self.last, self.step, self.total_steps)
+        source = iter(loader(dataset, self.config.train.prefetch_workers, self.device.type == "cuda"))
+        expected, _ = self.ring.place(self.step, self.first, self.last)
+        self.clock.reset(self.ring.targets_before(self.step))
+        while self.step < self.total_steps:
+            asked = time.perf_counter()
+            batch = next(source)
+            self.clock.waited += time.perf_counter() - asked
+            if self.ring.locate(self.step)[1] == 0:
+                expected, _ = self.ring.place(self.step, self.first, self.last)
+            if batch.step != self.step or not (batch.positions.numpy() == expected).all():
+                raise RuntimeError(
+                    f"step {self.step}: the loader gave step {batch.step} at positions {batch.positions.tolist()}, "
+                    f"but the rows ended at {expected.tolist()}; hidden states would be of other text"
+                )
+            expected = (expected + batch.lengths.numpy()) % self.ring.tokens
+            yield batch
+
+    def train_step(self, batch: Batch) -> None:
+        """Forward, backward, clip, update: one window of every substream of this process."""
+        config = self.config
+        inputs, targets = batch.to(self.device)  # (B, T) each
+        if self.ring.locate(self.step)[1] == 0:
+            self.hidden = self.raw.zero_hidden(self.last - self.first)
+        step = torch.tensor(self.step, device=self.device)
+        after: list[Hidden] = []
+        slices = torch.arange(self.last - self.first).chunk(config.train.accumulation)  # of substreams, never of time
+        for index, part in enumerate(slices):
+            own = slice(int(part[0]), int(part[-1]) + 1)
+            hidden = {name: state[own] for name, state in self.hidden.items()}
+            is_last = index == len(slices) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                loss, count, hidden = self.model(inputs[own], hidden, targets[own], step, self.rows[own])
+                # DDP averages over processes: times their number it is a sum
+                self.accelerator.backward(loss * (self.processes / (self.ring.substreams * self.ring.seq_len)))
+            self.interval.add(loss.detach(), count)
+            after.append({name: state.detach() for name, state in hidden.items()})
+        self.hidden = {name: torch.cat([each[name] for each in after]) for name in self.hidden}
+        self.update()
+
+    def update(self) -> None:
+        """Clip, set the learning rate, apply the gradient."""
+        optim = self.config.optim
+        norm = self.accelerator.clip_grad_norm_(self.raw.parameters(), optim.clip_norm or float("inf"))
+        assert norm is not None
+        self.gradient_norm = norm.detach()
+        for group in self.raw_optimizer.param_groups:
+            group["lr"] = learning_rate(optim, self.step, self.horizon, self.memory)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+
+    def log(self) -> None:
+        """One line: the mean loss since the last one, over all processes."""
+        sums = self.accelerator.reduce(self.interval.sums, "sum").tolist()
+        self.interval = IntervalLoss(self.device)
+        tokens = self.ring.targets_before(self.step)
+        loss = IntervalLoss.mean(sums)
+        if self.metrics:
+            self.metrics.write(
+                "train",
+                {
+                    "step": self.step,
+                    "tokens": tokens,
+                    "epoch": self.ring.locate(self.step - 1)[0],
+                    "loss": loss,
+                    "ppl": None if loss is None else exp(loss),
+                    "learning_rate": self.raw_optimizer.param_groups[0]["lr"],
+                    "gradient_norm": float(self.gradient_norm),
+                    "tokens_per_second": (tokens - self.clock.tokens) / self.clock.seconds,
+                    "data_wait_share": self.clock.waited / self.clock.seconds,
+                    "peak_memory_bytes": peak_memory_bytes(self.device),
+                    "processes": self.processes,
+                    "ran_in": self.raw.ran_in,
+                },
+            )
+        self.clock.reset(tokens)
+
+    def validate(self) -> None:
+        """Score the validation stream; rank 0 decides for all what follows from it."""
+        if self.valid_stream is None:
+            return
+        with self.clock.pause():
+            evaluation = evaluate(
+                self.raw,
+                self.valid_stream,
+                self.config.eval.batch_size,
+                self.config.eval.count_eos,
+                self.process,
+                self.processes,
+                lambda sums: self.accelerator.reduce(sums, "sum"),
+            )
+            loss = float(broadcast(torch.tensor(evaluation.loss, dtype=torch.float64, device=self.device)))
+            best = self.memory.update(loss, self.step, self.config.optim)
+            if self.metrics:
+                figures = {"step": self.step, "tokens": self.ring.targets_before(self.step), "best": best}
+                self.metrics.write("valid", {**figures, **evaluation.to_dict()})
+                self.sample()
+        if best:
+            self.save(best=True)
+
+    def sample(self) -> None:
+        """Continue the configured prompts into samples.md."""
+        prompts = as_list(self.config.generate.prompts)
+        texts: dict[tuple[int, int], str] = {}
+        for piece in generate(self.raw, self.tokenizer, prompts, self.config.generate) if prompts else ():
+            key = (piece.prompt, piece.sample)
+            texts[key] = texts.get(key, "") + piece.text
+        if texts and self.metrics:
+            blocks = [f"```text\n{prompts[prompt]}{text}\n```" for (prompt, _), text in sorted(texts.items())]
+            self.metrics.sample(self.step, "\n\n".join(blocks))
+
+    def save(self, best: bool = False) -> None:
+        """Write a checkpoint; a full or failing disk costs this checkpoint, not the run."""
+        with self.clock.pause():
+            hidden = {name: self.accelerator.gather(state) for name, state in self.hidden.items()}  # (S, H) each
+            sums = self.accelerator.reduce(self.interval.sums.clone(), "sum").tolist()
+            if not self.metrics:
+                return
+            state = {
+                "step": self.step,
+                "horizon_steps": self.horizon,
+                "memory": self.memory.to_dict(),
+                "interval": sums,
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
+                "stream": self.train_stream.manifest.digest,
+                "tokenizer": self.tokenizer.digest,
+                "processes": self.processes,
+                "versions": versions(),
+            }
+            parts = {
+                "model": dict(self.raw.named_parameters()),
+                "optimizer": optimizer_tensors(self.raw, self.raw_optimizer),
+                "hidden": hidden,
+            }
+            prefix = "best" if best else "step"
+            root = self.directory / "checkpoints"
+            try:
+                checkpoint.save(root, f"{prefix}-{self.step:08d}", parts, state)
+                checkpoint.prune(root, prefix, 1 if best else self.config.run.keep_last)
+            except (OSError, UserError) as error:
+                self.metrics.say(f"warning: step {self.step}: no checkpoint ({error}); training goes on")
+
+    def resume(self) -> None:
+        """Take over the run's directory, and its newest whole checkpoint if there is one."""
+        path = self.from_main(self._claim)
+        if path is None:
+            return
+        found = checkpoint.load(Path(path))
+        state = found.state
+        for key, mine in (("stream", self.train_stream.manifest.digest), ("tokenizer", self.tokenizer.digest)):
+            if state[key] != mine:
+                raise UserError(
+                    f"run.directory={self.directory}: trained on another {key} ({state[key][:12]}, now {mine[:12]}); "
+                    "give it its own again, or choose another run.directory"
+                )
+        if state["versions"] != versions() and self.accelerator.is_main_process:
+            print(f"warning: saved under {state['versions']}, now {versions()}: bits may differ", file=sys.stderr)
+        checkpoint.copy_tensors(dict(self.raw.named_parameters()), found.tensors("model"), found.path)
+        load_optimizer_tensors(self.raw, self.raw_optimizer, found.tensors("optimizer"))
+        mine = {name: state[self.first : self.last] for name, state in found.tensors("hidden").items()}
+        checkpoint.copy_tensors(self.hidden, mine, found.path)
+        self.step, self.horizon = state["step"], state["horizon_steps"]
+        self.memory = ValidationMemory(**state["memory"])
+        if self.accelerator.is_main_process:  # one process carries what was summed over all
+            self.interval.restore(state["interval"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _claim(self) -> str | None:
+        """In the main process: check that the directory is this run's, record the configuration, find a checkpoint."""
+        record = self.directory / "config.yaml"
+        if record.exists() and (fields := differing(self.config, load_yaml(record))):
+            raise UserError(
+                f"run.directory={self.directory}: holds a run of another configuration ({'; '.join(fields)}); "
+                "choose another run.directory, or give these fields the values they have there"
+            )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for name, data in (
+            ("tokenizer.model", self.tokenizer.model),
+            ("config.yaml", dump_yaml(self.config, TRAINING_SECTIONS).encode()),
+        ):
+            write_durably(self.directory / f"{name}.partial", data)
+            (self.directory / f"{name}.partial").replace(self.directory / name)
+        found = checkpoint.newest(self.directory / "checkpoints", "step")
+        return None if found is None else str(found.path)
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """What the main process makes of `function`, in every process; its mistake is everyone's."""
+        box: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                box[0] = function()
+            except UserError as error:
+                box[1] = str(error)
+        broadcast_object_list(box)
+        if box[1] is not None:
+            raise UserError(box[1])
+        result: T = box[0]
+        return result
+
+    def open_metrics(self) -> None:
+        """Tell what starts here, and with which processes."""
+        mine = {"process": self.process, "pid": os.getpid(), "substreams": [self.first, self.last]}
+        ranks = gather_object([mine])
+        if not self.accelerator.is_main_process:
+            return
+        self.metrics = Metrics(self.directory, self.config.run, self.step, self.total_steps)
+        counts = self.raw.parameter_counts()
+        self.metrics.say(
+            f"{self.directory}: {self.train_stream.tokens:,} tokens, {self.ring.windows_per_epoch:,} steps an epoch; "
+            f"{self.processes} process(es) on {self.device.type}, {self.config.train.precision}; parameters: "
+            + ", ".join(f"{part} {count:,}" for part, count in counts.items())
+        )
+        if self.step:
+            self.metrics.say(f"going on from step {self.step} of {self.total_steps}")
+        record = {"step": self.step, "total_steps": self.total_steps, "processes": self.processes, "ranks": ranks}
+        figures = {"device": self.device.type, "threads": torch.get_num_threads(), "parameters": counts}
+        self.metrics.write("start", {**record, **figures, "versions": versions()})
+
+    def close(self) -> None:
+        """Finish the reports and say where everything is."""
+        if self.metrics:
+            self.metrics.close()
+            self.say_finished()
+        self.accelerator.end_training()
+
+    def say_finished(self) -> None:
+        """One paragraph for the person at the console."""
+        if not self.accelerator.is_main_process:
+            return
+        best = self.memory.best_loss
+        valid = "" if best is None else f", best validation loss {best:.4f} at step {self.memory.best_step}"
+        why = "finished" if self.step >= self.total_steps else "stopped early"
+        print(
+            f"{self.directory}: {why} at step {self.step} of {self.total_steps}{valid}\n"
+            f"  curves.png, metrics.jsonl, samples.md and checkpoints/ are there; to train longer, raise train.epochs "
+            f"or train.max_steps"
+        )
+
+    def _share(self) -> tuple[int, int]:
+        """The substreams of this process: first, and one past the last."""
+        size, each = self.config.train.global_batch_size, self.processes * self.config.train.accumulation
+        if size % each:
+            raise UserError(
+                f"train.global_batch_size={size} is not divisible by {self.processes} processes times "
+                f"train.accumulation={self.config.train.accumulation}; use {nearest(size, each)}"
+            )
+        return self.process * size // self.processes, (self.process + 1) * size // self.processes
+
+
+def open_streams(config: Config) -> tuple[TokenStream, TokenStream | None]:
+    """The training and the validation stream; None where there is none.
+
+    Raises:
+        UserError: streams that are missing, damaged, or of different tokenizers.
+    """
+    for key, value in (("stream.directory", config.stream.directory), ("run.directory", config.run.directory)):
+        if not value:
+            raise UserError(f"{key} is not set; give it on the command line or in the file of --config")
+    train = TokenStream(Path(config.stream.directory) / "train")
+    place = Path(config.stream.directory) / config.eval.split
+    valid = TokenStream(place) if place.exists() else None
+    if valid and valid.manifest.tokenizer != train.manifest.tokenizer:
+        raise UserError(f"{place}: built with another tokenizer than {train.directory}; build both with the same")
+    for stream in (train, valid) if config.stream.verify else ():
+        for _ in stream.verify() if stream else ():
+            pass
+    return train, valid
+
+
+def ring(config: Config, stream: TokenStream) -> Ring:
+    """The arithmetic of the configured substreams.
+
+    Raises:
+        UserError: the stream is shorter than one window.
+    """
+    size, length = config.train.global_batch_size, config.train.seq_len
+    if stream.tokens < size * length:
+        raise UserError(
+            f"{stream.directory}: {stream.tokens} tokens, shorter than one window of train.global_batch_size={size} "
+            f"substreams times train.seq_len={length}; lower one of them, or give more text"
+        )
+    return Ring(stream.tokens, size, length, config.train.seed if config.train.rotate else None)
+
+
+def start_accelerator(config: Config) -> accelerate.Accelerator:
+    """Accelerate for this configuration, after checks that it is what was launched.
+
+    Raises:
+        UserError: a device or precision that is not to be had, or processes that do not see each other.
+    """
+    train = config.train
+    cuda = torch.cuda.is_available() and train.device != "cpu"
+    if train.device == "cuda" and not cuda:
+        raise UserError("train.device=cuda: PyTorch sees no GPU here; use train.device=cpu or auto")
+    if train.precision == "fp16" and not cuda:
+        raise UserError("train.precision=fp16: needs a GPU, on a CPU nothing would run in fp16; use bf16 or fp32")
+    environment = os.environ
+    if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+        raise UserError(
+            "accelerate launch was asked for several processes but started one; "
+            "use --config_file launch/cpu.yaml --num_processes 2, which starts them on a CPU"
+        )
+    set_arithmetic(config, cuda)
+    accelerator = accelerate.Accelerator(
+        cpu=not cuda,
+        mixed_precision=PRECISIONS[train.precision],
+        # buffers are not synced: there are none that should be
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    launched = int(environment.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"{launched} processes were launched, but each sees {accelerator.num_processes}; "
+            "launch with a file of launch/, as in accelerate launch --config_file launch/cpu.yaml"
+        )
+    return accelerator
+
+
+def set_arithmetic(config: Config, cuda: bool) -> None:
+    """Threads, TF32 and determinism, before anything is computed."""
+    if cuda:
+        torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = config.train.tf32
+    else:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(config.train.cpu_threads or max(1, cores // local))
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # cuBLAS and cuDNN's recurrent layers ask for it
+        torch.use_deterministic_algorithms(True)
+
+
+def evaluate_run(config: Config) -> Evaluation:
+    """Score eval.split with the model that run.checkpoint names, on all processes.
+
+    Raises:
+        UserError: no run, no stream, or a stream of another tokenizer.
+    """
+    accelerator = start_accelerator(config)
+    model, tokenizer, _ = checkpoint.load_model(config, accelerator.device)
+    stream = TokenStream(Path(config.stream.directory) / config.eval.split)
+    if stream.manifest.tokenizer != tokenizer.digest:
+        raise UserError(f"{stream.directory}: built with another tokenizer than the run's; build it with the run's tokenizer.model")
+    result = evaluate(
+        model,
+        stream,
+        config.eval.batch_size,
+        config.eval.count_eos,
+        accelerator.process_index,
+        accelerator.num_processes,
+        lambda sums: accelerator.reduce(sums, "sum"),
+    )
+    accelerator.end_training()
+    return result
+
+
+def versions() -> dict[str, str]:
+    """What the bits of a result may depend on besides the configuration."""
+    return {"rnnlm": rnnlm.__version__, "torch": torch.__version__, "machine": platform.machine()}

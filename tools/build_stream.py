@@ -1,0 +1,34 @@
+"""Turn a corpus into token streams for training and validation.
+
+    python tools/build_stream.py --corpus.train=my.txt --stream.directory=streams/my
+    python tools/build_stream.py --config configs/imdb.yaml --corpus.train=train.jsonl --corpus.document=jsonl
+    python tools/build_stream.py --corpus.train=train.txt --corpus.valid=valid.txt --corpus.test=test.txt ...
+
+Needs the tokenizer that tools/train_tokenizer.py wrote. Streams appear under their names only when they are whole;
+the same command again says that they are there.
+"""
+
+from rnnlm.config import read_config, run_door
+
+
+def main() -> None:
+    """Read the configuration, build, print what was built."""
+    config = read_config(("corpus", "tokenizer", "stream"), __doc__)
+    from rnnlm.build import Build, progress_bar, tokenizer_path
+    from rnnlm.tokenizer import Tokenizer
+
+    build = Build(config, Tokenizer.load(tokenizer_path(config)))
+    if len(build.finished()) == len(build.splits):
+        print("already built:")
+    with progress_bar(config, "building") as progress:
+        manifests = build.run(progress)
+    for split, manifest in manifests.items():
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in manifest.records.items())
+        print(
+            f"{build.directory(split)}: {manifest.tokens:,} tokens, {manifest.text_bytes / manifest.tokens:.3f} bytes "
+            f"per token, {len(manifest.shards)} shard(s); records: {counts}"
+        )
+
+
+if __name__ == "__main__":
+    run_door(main)
