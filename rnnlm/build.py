@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,12 +150,16 @@ class Build:
             return done
         missing = [split for split in self.splits if split not in done]
         stream = self.config.stream
-        writers = {split: StreamWriter(self.directory(split), self.tokenizer, stream.shard_tokens) for split in missing}
-        records = {split: Counter({"read": 0, "kept": 0, "empty": 0}) for split in self.splits}
-        for split, files in self.inputs.items():
-            for unit in units(files, self.config.corpus, progress):
-                self._append(encode_unit(unit, split, self.config, self.tokenizer), writers, records)
-        return {**done, **self._commit(writers, records)}
+        with ExitStack() as stack:
+            writers = {
+                split: stack.enter_context(StreamWriter(self.directory(split), self.tokenizer, stream.shard_tokens))
+                for split in missing
+            }
+            records = {split: Counter({"read": 0, "kept": 0, "empty": 0}) for split in self.splits}
+            for split, files in self.inputs.items():
+                for unit in units(files, self.config.corpus, progress):
+                    self._append(encode_unit(unit, split, self.config, self.tokenizer), writers, records)
+            return {**done, **self._commit(writers, records)}
 
     def _append(
         self, encoded: Encoded, writers: Mapping[str, StreamWriter], records: Mapping[str, Counter[str]]
@@ -171,8 +175,6 @@ class Build:
     ) -> dict[str, Manifest]:
         for split, writer in writers.items():
             if not writer.tokens:
-                for each in writers.values():
-                    each.discard()
                 raise UserError(
                     f"corpus.{split}: no text in it ({records[split]['read']} records, none kept); give a corpus with "
                     f"text{', or a larger stream.valid_fraction' if split == 'valid' else ''}"

@@ -141,9 +141,13 @@ class _ArrayFile:
         self._file.close()
         return self._sha256.hexdigest()
 
+    def abandon(self) -> None:
+        """Close without finishing."""
+        self._file.close()
+
 
 class StreamWriter:
-    """Writes one stream under `<directory>.partial`; commit() gives it its name.
+    """Writes one stream under `<directory>.partial`; commit() gives it its name, leaving `with` removes the rest.
 
     Units are appended in corpus order by one writer, so the bytes do not depend on who encoded them.
     """
@@ -217,9 +221,14 @@ class StreamWriter:
         fsync_directory(self.directory.parent)
         return Manifest.read(self.directory)
 
-    def discard(self) -> None:
-        """Remove what was written."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+    def __enter__(self) -> StreamWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in (self._documents, self._shard):
+            if file is not None:
+                file.abandon()
+        shutil.rmtree(self.partial, ignore_errors=True)  # nothing is there after a commit
 
 
 def token_dtype(vocab_size: int) -> str:

@@ -103,7 +103,7 @@ class StreamDecoder:
         data = self._tokenizer._piece_bytes(token)
         if self._at_start and data:
             data = data.removeprefix(b" ")
-            self._at_start = False
+            self._at_start = not data
         return self._utf8.decode(data)
 
     def finish(self) -> str:

@@ -1,0 +1,138 @@
+"""What the tests share: a small corpus, a 300-piece tokenizer, a two-shard stream, and doors run as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rnnlm.build import Build
+from rnnlm.config import Config, CorpusConfig, StreamConfig, TokenizerConfig
+from rnnlm.stream import TokenStream
+from rnnlm.tokenizer import Tokenizer, train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_text(documents: int, seed: int = 0) -> list[str]:
+    """Sentences of a small vocabulary with some structure, the same for the same seed."""
+    draw = random.Random(seed)
+    names, verbs, things = ("anna", "bob", "carol", "dan"), ("sees", "likes", "finds"), ("the cat", "a dog", "Zoë", "漢字")
+    return [
+        ". ".join(
+            f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(things)}" for _ in range(draw.randint(1, 6))
+        )
+        for _ in range(documents)
+    ]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 400 documents, one a line."""
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("\n".join(make_text(400)) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """300 pieces, 256 of them bytes."""
+    return train(make_text(400), TokenizerConfig(vocab_size=300))
+
+
+@pytest.fixture(scope="session")
+def streams(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer: Tokenizer) -> Path:
+    """A directory with a train stream of two shards and a valid stream."""
+    directory = tmp_path_factory.mktemp("streams")
+    (directory / "tokenizer.model").write_bytes(tokenizer.model)
+    config = Config(
+        corpus=CorpusConfig(train=str(corpus)),
+        stream=StreamConfig(directory=str(directory), valid_fraction=0.1, shard_tokens=6000),
+    )
+    manifests = Build(config, tokenizer).run(lambda size: None)
+    assert len(manifests["train"].shards) == 2, manifests["train"].tokens
+    return directory
+
+
+@pytest.fixture
+def train_stream(streams: Path) -> TokenStream:
+    """The two-shard stream."""
+    return TokenStream(streams / "train")
+
+
+@pytest.fixture
+def experiment(streams: Path, tmp_path: Path) -> Path:
+    """A small experiment with dropout on, prefetch on, and an epoch's end inside its 20 steps."""
+    path = tmp_path / "experiment.yaml"
+    path.write_text(
+        json.dumps(
+            {
+                "stream": {"directory": str(streams)},
+                "model": {"embedding_size": 12, "hidden_size": 16, "layers": 2, "dropout": 0.3},
+                "optim": {"learning_rate": 0.01, "schedule": "cosine", "warmup_steps": 4},
+                "train": {"global_batch_size": 16, "seq_len": 48, "epochs": 2, "max_steps": 20, "device": "cpu"},
+                "generate": {"prompts": ["anna sees"], "max_tokens": 8},
+                "eval": {"batch_size": 8},
+                "run": {"directory": str(tmp_path / "run"), "log_every_steps": 3, "save_every_steps": 10},
+            }
+        )
+    )
+    return path
+
+
+Door = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a door: no launcher around it, one thread."""
+    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {key: value for key, value in os.environ.items() if key not in hidden and not key.startswith("ACCELERATE_")}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **extra}
+
+
+def command(script: str | Path, *arguments: str | Path, processes: int = 0) -> list[str]:
+    """The command of a door; under `accelerate launch` where processes are given."""
+    script = ROOT / script
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch/cpu.yaml")]
+        launcher += ["--num_processes", str(processes), "--main_process_port", "0"]
+    return [*launcher, str(script), *map(str, arguments)]
+
+
+@pytest.fixture
+def run_door(tmp_path: Path) -> Door:
+    """Run a door to its end in a directory of its own; returns code, stdout and stderr."""
+
+    def run(script: str | Path, *arguments: str | Path, processes: int = 0) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(script, *arguments, processes=processes),
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=240,
+            check=False,
+        )
+
+    return run
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of one kind in a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def results(run: Path) -> list[tuple[Any, ...]]:
+    """Everything logged that must not depend on how often a run died: losses, rates, norms, validation."""
+    keys = ("step", "tokens", "epoch", "loss", "learning_rate", "gradient_norm", "best", "nats")
+    return [tuple(line.get(key) for key in keys) for kind in ("train", "valid") for line in records(run, kind)]

@@ -1,0 +1,142 @@
+"""The stream on disk: its literal bytes, ring reading across shards, and every kind of damage refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rnnlm.stream import HEADER_BYTES, Manifest, StreamError, StreamWriter, TokenStream, token_dtype
+from rnnlm.tokenizer import Tokenizer
+
+
+def test_the_bytes_of_a_three_token_stream(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    writer = StreamWriter(tmp_path / "s", tokenizer, shard_tokens=100)
+    writer.append(np.array([299, 256, 1]), np.array([[3, 5, 2]]))
+    writer.commit({"read": 1, "kept": 1}, {})
+    header = b"\x93NUMPY\x01\x00\x76\x00{'descr': '<u2', 'fortran_order': False, 'shape': (3,)}"
+    shard = (tmp_path / "s/shard-00000.npy").read_bytes()
+    assert shard == header + b" " * (127 - len(header)) + b"\n" + b"\x2b\x01\x00\x01\x01\x00"
+    assert np.load(tmp_path / "s/shard-00000.npy").tolist() == [299, 256, 1]
+    assert np.load(tmp_path / "s/documents.npy").tolist() == [[3, 5, 2]]
+    manifest = json.loads((tmp_path / "s/stream.json").read_text())
+    assert (manifest["format"], manifest["version"], manifest["tokens"]) == ("rnnlm-stream", 1, 3)
+    assert not (tmp_path / "s.partial").exists()
+
+
+def test_nothing_has_a_final_name_before_the_commit(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with StreamWriter(tmp_path / "s", tokenizer, shard_tokens=2) as writer:
+        writer.append(np.array([5, 6, 1]), np.array([[3, 5, 2]]))
+        assert [path.name for path in tmp_path.iterdir()] == ["s.partial"]
+        with pytest.raises(StreamError, match="No such file"):
+            TokenStream(tmp_path / "s")
+    assert not list(tmp_path.iterdir()), "what was not committed leaves nothing"
+
+
+@pytest.mark.parametrize("token", [-1, 300, 70_000])
+def test_fault_28_a_token_outside_the_vocabulary_is_never_wrapped(
+    tmp_path: Path, tokenizer: Tokenizer, token: int
+) -> None:
+    writer = StreamWriter(tmp_path / "s", tokenizer, shard_tokens=100)
+    with writer, pytest.raises(StreamError, match="outside the vocabulary of 300"):
+        writer.append(np.array([4, token, 1]), np.array([[3, 5, 2]]))
+
+
+def test_dtype_holds_every_id() -> None:
+    assert [token_dtype(size) for size in (2**16, 2**16 + 1)] == ["<u2", "<u4"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(-(10**12), 10**12), min_size=1, max_size=9), st.integers(1, 300))
+def test_windows_are_the_ring(streams_path: Path, starts: list[int], length: int) -> None:
+    stream = TokenStream(streams_path / "train")
+    everything = np.concatenate([stream.shard(0), stream.shard(1)])
+    found = stream.windows(np.array(starts), length)
+    expected = everything[(np.array(starts)[:, None] + np.arange(length)) % len(everything)]
+    assert found.dtype == everything.dtype
+    assert np.array_equal(found, expected)
+
+
+@pytest.fixture(scope="module")
+def streams_path(streams: Path) -> Path:
+    return streams
+
+
+def test_ten_lines_of_numpy_read_it(streams: Path, corpus: Path) -> None:
+    directory = streams / "train"
+    manifest = json.loads((directory / "stream.json").read_text())
+    tokens = np.concatenate([np.load(directory / shard["name"], mmap_mode="r") for shard in manifest["shards"]])
+    ends = np.load(directory / "documents.npy")[:, 0]
+    tokenizer = Tokenizer.load(directory / "tokenizer.model")
+    known = set(corpus.read_text(encoding="utf-8").splitlines())
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        assert tokens[end - 1] == tokenizer.eos_id
+        assert tokenizer.decode(tokens[start : end - 1]) in known
+
+
+def test_a_right_stream_verifies_and_documents_add_up(train_stream: TokenStream) -> None:
+    names = [name for name, _ in train_stream.verify()]
+    assert names == ["tokenizer.model", "shard-00000.npy", "shard-00001.npy", "documents.npy"]
+    totals = train_stream.documents
+    assert totals[-1].tolist() == [len(train_stream), train_stream.manifest.text_bytes, train_stream.manifest.words]
+    assert (np.diff(totals, axis=0) > 0).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["stream.json", "tokenizer.model", "shard-00000.npy", "shard-00001.npy", "documents.npy"]
+)
+@pytest.mark.parametrize("fault", ["flipped", "flipped in header", "truncated", "removed", "zeroed tail"])
+def test_fault_21_22_any_damage_is_refused_naming_the_file(
+    streams: Path, tmp_path: Path, name: str, fault: str
+) -> None:
+    broken = tmp_path / "train"
+    shutil.copytree(streams / "train", broken)
+    path = broken / name
+    data = bytearray(path.read_bytes())
+    if fault == "flipped":
+        data[-7] ^= 4
+    elif fault == "flipped in header":
+        data[HEADER_BYTES // 2] ^= 4
+    elif fault == "truncated":
+        del data[-7:]
+    elif fault == "zeroed tail":
+        data[-64:] = bytes(64)
+    path.write_bytes(data)
+    if fault == "removed":
+        path.unlink()
+    with pytest.raises(ValueError, match=name):
+        for _ in TokenStream(broken).verify():
+            pass
+
+
+def test_swapped_shards_foreign_files_and_foreign_tokenizers(streams: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "train"
+    shutil.copytree(streams / "train", broken)
+    (broken / "shard-00002.npy").write_bytes(b"x")
+    with pytest.raises(StreamError, match="no part of the stream: shard-00002.npy"):
+        list(TokenStream(broken).verify())
+    (broken / "shard-00002.npy").unlink()
+    for first, second in (("shard-00000.npy", "shard-00001.npy"), ("tokenizer.model", "documents.npy")):
+        saved = (broken / first).read_bytes(), (broken / second).read_bytes()
+        (broken / first).write_bytes(saved[1])
+        (broken / second).write_bytes(saved[0])
+        with pytest.raises(ValueError, match=f"{first}|{second}"):
+            list(TokenStream(broken).verify())
+        (broken / first).write_bytes(saved[0])
+        (broken / second).write_bytes(saved[1])
+    assert list(TokenStream(broken).verify())
+
+
+def test_a_manifest_cannot_lead_out_of_its_directory(streams: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "train"
+    shutil.copytree(streams / "train", broken)
+    manifest = Manifest.read(broken)
+    manifest.shards[0]["name"] = "../secret.npy"
+    (broken / "stream.json").write_text(manifest.to_json())
+    with pytest.raises(StreamError, match="outside the directory"):
+        TokenStream(broken)
