@@ -1,7 +1,7 @@
 """Continue prompts with a run's best checkpoint; without a prompt, ask for one after the other.
 
-    python launch/generate.py --run.directory=runs/imdb --generate.prompts="this film"
-    python launch/generate.py --run.directory=runs/imdb --generate.samples=3 --generate.temperature=0.7
+python launch/generate.py --run.directory=runs/imdb --generate.prompts="this film"
+python launch/generate.py --run.directory=runs/imdb --generate.samples=3 --generate.temperature=0.7
 """
 
 import sys

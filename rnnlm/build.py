@@ -48,9 +48,7 @@ def encode_unit(unit: Unit, split: str, config: Config, tokenizer: Tokenizer) ->
         if not isinstance(document, Document):
             records[split].update(("read", document.reason))
             continue
-        to_valid = (
-            splits_off and fraction_of(document.text, config.stream.split_seed) < config.stream.valid_fraction
-        )
+        to_valid = splits_off and fraction_of(document.text, config.stream.split_seed) < config.stream.valid_fraction
         target = "valid" if to_valid else split
         kept[target].append(document)
         records[target].update(("read", "kept"))
@@ -64,7 +62,9 @@ def _encode(found: list[Document], tokenizer: Tokenizer) -> tuple[npt.NDArray[An
     for batch in _batches(found):
         ids = tokenizer.encode_all([document.text for document in batch])
         parts.append(np.concatenate([np.asarray(each, dtype) for each in ids]))
-        rows += [(len(each), document.size, len(document.text.split())) for each, document in zip(ids, batch, strict=True)]
+        rows += [
+            (len(each), document.size, len(document.text.split())) for each, document in zip(ids, batch, strict=True)
+        ]
     return np.concatenate(parts), np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 
@@ -126,7 +126,7 @@ class Build:
         Raises:
             UserError: a stream is there that was made from something else.
         """
-        found = {}
+        found: dict[str, Manifest] = {}
         for split in ("train", "valid", "test"):
             if self.directory(split).exists():
                 manifest = Manifest.read(self.directory(split))
@@ -170,9 +170,7 @@ class Build:
             if split in writers:
                 writers[split].append(encoded.tokens[split], encoded.documents[split])
 
-    def _commit(
-        self, writers: Mapping[str, StreamWriter], records: Mapping[str, Counter[str]]
-    ) -> dict[str, Manifest]:
+    def _commit(self, writers: Mapping[str, StreamWriter], records: Mapping[str, Counter[str]]) -> dict[str, Manifest]:
         for split, writer in writers.items():
             if not writer.tokens:
                 raise UserError(

@@ -60,7 +60,9 @@ class RecurrentLayer(nn.Module):
         """
         dtype = compute_dtype(self.weight_hh)
         weights = [w.to(dtype) for w in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)]
-        first = [state.to(dtype)[None] for state in states]  # (1, B, H): what was computed in `dtype` comes back exactly
+        first = [
+            state.to(dtype)[None] for state in states
+        ]  # (1, B, H): what was computed in `dtype` comes back exactly
         # biases, layers, dropout, training (cuDNN keeps what the backward pass needs), bidirectional, batch first
         options = (True, 1, 0.0, torch.is_grad_enabled(), False, False)
         with torch.autocast(x.device.type, enabled=False):
@@ -76,7 +78,7 @@ class RecurrentLayer(nn.Module):
         """Fill the weights, each from its own (seed, name), so that no other part's size changes them."""
         for part, weight in self.named_parameters():
             generator = named_generator(seed, f"{name}.{part}")
-            for gate in weight.data.split(self.hidden_size):  # each gate is a matrix of its own
+            for gate in torch.split(weight.data, self.hidden_size):  # each gate is a matrix of its own
                 if part.startswith("bias"):
                     gate.zero_()
                 elif config.init == "uniform":
@@ -114,7 +116,7 @@ def mix(x: Tensor) -> Tensor:
 
 
 def _fold(x: Tensor, shift: int) -> Tensor:
-    return x ^ ((x >> shift) & (2 ** (32 - shift) - 1))  # int32 shifts copy the sign: mask it off
+    return torch.bitwise_xor(x, (x >> shift) & (2 ** (32 - shift) - 1))  # int32 shifts copy the sign: mask it off
 
 
 def hashed_bits(seed: int, site: int, step: Tensor, rows: Tensor, places: int, features: int) -> Tensor:

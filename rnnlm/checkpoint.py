@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
+from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from rnnlm.config import Config, UserError
@@ -56,7 +57,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the file changed since it was checked.
         """
-        return safetensors.torch.load(_read(self.path, f"{name}.safetensors", _manifest(self.path)))
+        return from_safetensors(_read(self.path, f"{name}.safetensors", _manifest(self.path)))
 
 
 def save(root: Path, name: str, parts: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
@@ -77,7 +78,7 @@ def save(root: Path, name: str, parts: Mapping[str, Tensors], state: Mapping[str
         entries = {}
         for part in [*parts, "trainer"]:
             key = "trainer.json" if part == "trainer" else f"{part}.safetensors"
-            data = files.get(key) or safetensors.torch.save(
+            data = files.get(key) or to_safetensors(
                 {tensor: value.detach().cpu().contiguous() for tensor, value in parts[part].items()}
             )
             write_durably(partial / key, data)
@@ -197,7 +198,7 @@ def _manifest(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}/manifest.json: larger than any manifest")
         body = json.loads((path / "manifest.json").read_bytes())
         digest = body.pop("digest")
-        files: dict[str, Any] = body["files"]
+        files = {str(name): dict(entry) for name, entry in body["files"].items()}
         known = (body["format"], body["version"]) == (FORMAT, VERSION)
         safe = all(Path(name).name == name for name in files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

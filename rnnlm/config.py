@@ -246,24 +246,19 @@ class RunConfig:
     """Project name there."""
 
 
-def _section(kind: Callable[[], T]) -> T:
-    result: T = field(default_factory=kind)
-    return result
-
-
 @dataclass(frozen=True)
 class Config:
     """All sections."""
 
-    corpus: CorpusConfig = _section(CorpusConfig)
-    tokenizer: TokenizerConfig = _section(TokenizerConfig)
-    stream: StreamConfig = _section(StreamConfig)
-    model: ModelConfig = _section(ModelConfig)
-    optim: OptimConfig = _section(OptimConfig)
-    train: TrainConfig = _section(TrainConfig)
-    eval: EvalConfig = _section(EvalConfig)
-    generate: GenerateConfig = _section(GenerateConfig)
-    run: RunConfig = _section(RunConfig)
+    corpus: CorpusConfig = CorpusConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    stream: StreamConfig = StreamConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    generate: GenerateConfig = GenerateConfig()
+    run: RunConfig = RunConfig()
 
     def faults(self) -> list[str]:
         """Every value that cannot work, as `section.key=value: what is expected`."""
@@ -280,8 +275,19 @@ class Config:
             "generate.max_tokens": 1, "generate.temperature": 0, "generate.top_k": 0, "generate.top_p": 0,
             "run.log_every_steps": 1, "run.save_every_steps": 1, "run.keep_last": 2,
         }  # fmt: skip
-        below = {"stream.valid_fraction": 1, "model.dropout": 1, "optim.momentum": 1, "optim.beta1": 1, "optim.beta2": 1}
-        high = {"tokenizer.character_coverage": 1, "optim.plateau_factor": 1, "optim.final_ratio": 1, "generate.top_p": 1}
+        below = {
+            "stream.valid_fraction": 1,
+            "model.dropout": 1,
+            "optim.momentum": 1,
+            "optim.beta1": 1,
+            "optim.beta2": 1,
+        }
+        high = {
+            "tokenizer.character_coverage": 1,
+            "optim.plateau_factor": 1,
+            "optim.final_ratio": 1,
+            "generate.top_p": 1,
+        }
         found = []
         for key, value in self.flat().items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -294,9 +300,8 @@ class Config:
                 found.append(f"{key}={value}: must be at most {high[key]}")
         size, parts = self.train.global_batch_size, self.train.accumulation
         if parts >= 1 and size % parts:
-            found.append(
-                f"train.global_batch_size={size}: not divisible by train.accumulation={parts}; use {nearest(size, parts)}"
-            )
+            way_out = f"use {nearest(size, parts)}"
+            found.append(f"train.global_batch_size={size}: not divisible by train.accumulation={parts}; {way_out}")
         return found
 
     def flat(self) -> dict[str, Any]:

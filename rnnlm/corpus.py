@@ -118,7 +118,8 @@ def documents(unit: Unit, corpus: CorpusConfig) -> Iterator[Document | Rejected]
                 reason = "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else "invalid JSON or field"
                 if corpus.on_bad_record == "fail":
                     raise UserError(
-                        f"{path}: record at byte {offset}: {reason} ({error}); mend it, or set corpus.on_bad_record=skip"
+                        f"{path}: record at byte {offset}: {reason} ({error}); "
+                        "mend it, or set corpus.on_bad_record=skip"
                     ) from error
                 yield Rejected(path, offset, reason)
                 continue
@@ -198,13 +199,15 @@ def _chunks(source: Source, progress: Callable[[int], None]) -> Iterator[bytes]:
 
 def _reader(raw: IO[bytes], path: str) -> Iterator[bytes]:
     if path.endswith(".zst"):
-        return _zstd(raw)
-    opened: Any = raw
-    if path.endswith(".gz"):
-        opened = gzip.GzipFile(fileobj=raw)
+        yield from _zstd(raw)
+    elif path.endswith(".gz"):
+        with gzip.GzipFile(fileobj=raw) as file:
+            yield from iter(lambda: file.read(CHUNK_BYTES), b"")
     elif path.endswith(".xz"):
-        opened = lzma.LZMAFile(raw)
-    return iter(lambda: opened.read(CHUNK_BYTES), b"")
+        with lzma.LZMAFile(raw) as file:
+            yield from iter(lambda: file.read(CHUNK_BYTES), b"")
+    else:
+        yield from iter(lambda: raw.read(CHUNK_BYTES), b"")
 
 
 def _zstd(raw: IO[bytes]) -> Iterator[bytes]:

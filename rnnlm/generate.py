@@ -60,20 +60,28 @@ def generate(model: RecurrentLM, tokenizer: Tokenizer, prompts: list[str], confi
             yield Piece(*owner, text)
 
 
+def continuations(
+    model: RecurrentLM, tokenizer: Tokenizer, prompts: list[str], config: GenerateConfig
+) -> dict[tuple[int, int], str]:
+    """(number of the prompt, number of the sample) -> the prompt and its continuation."""
+    texts = {(prompt, sample): prompts[prompt] for prompt in range(len(prompts)) for sample in range(config.samples)}
+    for piece in generate(model, tokenizer, prompts, config) if prompts else ():
+        texts[piece.prompt, piece.sample] += piece.text
+    return texts
+
+
 def write_continuations(
     model: RecurrentLM, tokenizer: Tokenizer, prompts: list[str], config: GenerateConfig, out: TextIO
 ) -> None:
     """Print each prompt with its continuation: a single one as it is made, several when all are done."""
-    streams = len(prompts) * config.samples == 1
-    texts = {(prompt, sample): prompts[prompt] for prompt in range(len(prompts)) for sample in range(config.samples)}
-    if streams:
+    if len(prompts) * config.samples == 1:
         out.write(prompts[0])
-    for piece in generate(model, tokenizer, prompts, config):
-        texts[piece.prompt, piece.sample] += piece.text
-        if streams:
+        for piece in generate(model, tokenizer, prompts, config):
             out.write(piece.text)
             out.flush()
-    out.write("\n" if streams else "\n---\n".join(texts.values()) + "\n")
+    else:
+        out.write("\n---\n".join(continuations(model, tokenizer, prompts, config).values()))
+    out.write("\n")
     out.flush()
 
 

@@ -33,7 +33,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tenso
     Returns:
         () the sum.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(x, weight, bias, targets, chunk)
+    loss: Tensor = _LinearCrossEntropy.apply(x, weight, bias, targets, chunk)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -43,7 +43,7 @@ def token_losses(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, chunk
     return torch.cat(
         [
             _softmax(part @ weight.T + bias, wanted)[0]
-            for part, wanted in zip(x.split(chunk), targets.split(chunk), strict=True)
+            for part, wanted in zip(torch.split(x, chunk), torch.split(targets, chunk), strict=True)
         ]
     )
 

@@ -44,7 +44,7 @@ class RecurrentLM(nn.Module):
             self.head.weight = self.embedding.weight
 
     def _initialise(self) -> None:
-        """Token vectors and head uniform in +-init_range (Zaremba et al. 2014), head bias zero, layers as configured."""
+        """Token vectors and head uniform in +-init_range (Zaremba et al. 2014), head bias zero, layers by init."""
         spread = self.config.init_range
         for name, part in self.named_children():
             if isinstance(part, nn.Embedding | nn.Linear):
@@ -97,9 +97,7 @@ class RecurrentLM(nn.Module):
     def token_losses(self, tokens: Tensor, hidden: Hidden, targets: Tensor) -> tuple[Tensor, Hidden]:
         """Loss of every token, (B, T) in nats, 0 where masked, without dropout or gradients; and the new state."""
         out, hidden = self._run(tokens, hidden)
-        losses = token_losses(
-            out.flatten(0, 1), self.head.weight, self.head.bias, targets.t().reshape(-1), self.chunk
-        )
+        losses = token_losses(out.flatten(0, 1), self.head.weight, self.head.bias, targets.t().reshape(-1), self.chunk)
         return losses.view(targets.shape[1], targets.shape[0]).t(), hidden
 
     @torch.no_grad()

@@ -367,7 +367,7 @@ class TokenStream:
 
     def _verify_digest(self, name: str, array: npt.NDArray[Any], expected: str) -> None:
         sha256 = hashlib.sha256()
-        data = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         for start in range(0, len(data), READ_BYTES):
             sha256.update(data[start : start + READ_BYTES])
         if sha256.hexdigest() != expected:

@@ -213,9 +213,8 @@ def train_on_corpus(config: Config, progress: Callable[[int], None]) -> tuple[To
 
 def _training_fault(message: str, vocab_size: int) -> str:
     if found := re.search(r"Please set it to a value <= (\d+)", message):
-        return (
-            f"tokenizer.vocab_size={vocab_size}: larger than this text allows; use at most {found[1]}, or give more text"
-        )
+        way_out = f"use at most {found[1]}, or give more text"
+        return f"tokenizer.vocab_size={vocab_size}: larger than this text allows; {way_out}"
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return f"tokenizer.vocab_size={vocab_size}: too small; the bytes and characters alone need {found[1]}"
     return f"tokenizer: SentencePiece cannot train: {message}"

@@ -12,8 +12,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +35,7 @@ from rnnlm.config import (
     nearest,
 )
 from rnnlm.evaluate import Evaluation, evaluate, exp
-from rnnlm.generate import generate
+from rnnlm.generate import continuations
 from rnnlm.metrics import IntervalLoss, Metrics, Stopwatch, peak_memory_bytes
 from rnnlm.model import RecurrentLM
 from rnnlm.optim import (
@@ -72,9 +72,7 @@ class Trainer:
         planned = config.train.epochs * self.ring.windows_per_epoch
         self.total_steps = min(planned, config.train.max_steps or planned)
 
-        raw = RecurrentLM(
-            config.model, self.tokenizer.vocab_size, config.train.seed, config.train.loss_chunk_tokens
-        )
+        raw = RecurrentLM(config.model, self.tokenizer.vocab_size, config.train.seed, config.train.loss_chunk_tokens)
         self.raw = raw.to(self.device)  # without DDP and autocast: for evaluation, generation, saving
         self.raw_optimizer = build_optimizer(self.raw, config.optim)
         self.model, self.optimizer = self.accelerator.prepare(self.raw, self.raw_optimizer)
@@ -94,16 +92,17 @@ class Trainer:
             self.say_finished()
             return
         self.open_metrics()
-        for batch in self.batches():
-            self.train_step(batch)
-            if self.due(self.config.run.log_every_steps):
-                self.log()
-            if self.due(self.config.eval.every_steps or self.ring.windows_per_epoch):
-                self.validate()
-            if self.due(self.config.run.save_every_steps):
-                self.save()
-            if self.finished:
-                break
+        with closing(self.batches()) as batches:
+            for batch in batches:
+                self.train_step(batch)
+                if self.due(self.config.run.log_every_steps):
+                    self.log()
+                if self.due(self.config.eval.every_steps or self.ring.windows_per_epoch):
+                    self.validate()
+                if self.due(self.config.run.save_every_steps):
+                    self.save()
+                if self.finished:
+                    break
         self.close()
 
     @property
@@ -115,25 +114,28 @@ class Trainer:
         """Whether something that happens every so many steps, and at the end, happens now."""
         return self.step % every == 0 or self.finished
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch, None, None]:
         """This process's batches from the present step on, each checked to go on where its rows ended."""
         dataset = SubstreamDataset(self.train_stream, self.ring, self.first, self.last, self.step, self.total_steps)
         source = iter(loader(dataset, self.config.train.prefetch_workers, self.device.type == "cuda"))
         expected, _ = self.ring.place(self.step, self.first, self.last)
         self.clock.reset(self.ring.targets_before(self.step))
-        while self.step < self.total_steps:
-            asked = time.perf_counter()
-            batch = next(source)
-            self.clock.waited += time.perf_counter() - asked
-            if self.ring.locate(self.step)[1] == 0:
-                expected, _ = self.ring.place(self.step, self.first, self.last)
-            if batch.step != self.step or not (batch.positions.numpy() == expected).all():
-                raise RuntimeError(
-                    f"step {self.step}: the loader gave step {batch.step} at positions {batch.positions.tolist()}, "
-                    f"but the rows ended at {expected.tolist()}; hidden states would be of other text"
-                )
-            expected = (expected + batch.lengths.numpy()) % self.ring.tokens
-            yield batch
+        try:
+            while self.step < self.total_steps:
+                asked = time.perf_counter()
+                batch = next(source)
+                self.clock.waited += time.perf_counter() - asked
+                if self.ring.locate(self.step)[1] == 0:
+                    expected, _ = self.ring.place(self.step, self.first, self.last)
+                if batch.step != self.step or not (batch.positions.numpy() == expected).all():
+                    raise RuntimeError(
+                        f"step {self.step}: the loader gave step {batch.step} at positions {batch.positions.tolist()}, "
+                        f"but the rows ended at {expected.tolist()}; hidden states would be of other text"
+                    )
+                expected = (expected + batch.lengths.numpy()) % self.ring.tokens
+                yield batch
+        finally:
+            del source  # ends the workers now: at exit they would be sent a SIGTERM, which they ignore
 
     def train_step(self, batch: Batch) -> None:
         """Forward, backward, clip, update: one window of every substream of this process."""
@@ -221,13 +223,9 @@ class Trainer:
     def sample(self) -> None:
         """Continue the configured prompts into samples.md."""
         prompts = as_list(self.config.generate.prompts)
-        texts: dict[tuple[int, int], str] = {}
-        for piece in generate(self.raw, self.tokenizer, prompts, self.config.generate) if prompts else ():
-            key = (piece.prompt, piece.sample)
-            texts[key] = texts.get(key, "") + piece.text
+        texts = continuations(self.raw, self.tokenizer, prompts, self.config.generate)
         if texts and self.metrics:
-            blocks = [f"```text\n{prompts[prompt]}{text}\n```" for (prompt, _), text in sorted(texts.items())]
-            self.metrics.sample(self.step, "\n\n".join(blocks))
+            self.metrics.sample(self.step, "\n\n".join(f"```text\n{text}\n```" for text in texts.values()))
 
     def save(self, best: bool = False) -> None:
         """Write a checkpoint; a full or failing disk costs this checkpoint, not the run."""
@@ -247,7 +245,7 @@ class Trainer:
                 "processes": self.processes,
                 "versions": versions(),
             }
-            parts = {
+            parts: dict[str, dict[str, torch.Tensor]] = {
                 "model": dict(self.raw.named_parameters()),
                 "optimizer": optimizer_tensors(self.raw, self.raw_optimizer),
                 "hidden": hidden,
@@ -277,8 +275,8 @@ class Trainer:
             print(f"warning: saved under {state['versions']}, now {versions()}: bits may differ", file=sys.stderr)
         checkpoint.copy_tensors(dict(self.raw.named_parameters()), found.tensors("model"), found.path)
         load_optimizer_tensors(self.raw, self.raw_optimizer, found.tensors("optimizer"))
-        mine = {name: state[self.first : self.last] for name, state in found.tensors("hidden").items()}
-        checkpoint.copy_tensors(self.hidden, mine, found.path)
+        own = {name: state[self.first : self.last] for name, state in found.tensors("hidden").items()}
+        checkpoint.copy_tensors(self.hidden, own, found.path)
         self.step, self.horizon = state["step"], state["horizon_steps"]
         self.memory = ValidationMemory(**state["memory"])
         if self.accelerator.is_main_process:  # one process carries what was summed over all
@@ -461,7 +459,9 @@ def evaluate_run(config: Config) -> Evaluation:
     model, tokenizer, _ = checkpoint.load_model(config, accelerator.device)
     stream = TokenStream(Path(config.stream.directory) / config.eval.split)
     if stream.manifest.tokenizer != tokenizer.digest:
-        raise UserError(f"{stream.directory}: built with another tokenizer than the run's; build it with the run's tokenizer.model")
+        raise UserError(
+            f"{stream.directory}: built with another tokenizer than the run's; build it with the run's tokenizer.model"
+        )
     result = evaluate(
         model,
         stream,

@@ -24,11 +24,13 @@ ROOT = Path(__file__).resolve().parent.parent
 def make_text(documents: int, seed: int = 0) -> list[str]:
     """Sentences of a small vocabulary with some structure, the same for the same seed."""
     draw = random.Random(seed)
-    names, verbs, things = ("anna", "bob", "carol", "dan"), ("sees", "likes", "finds"), ("the cat", "a dog", "Zoë", "漢字")
+    names, verbs, things = (
+        ("anna", "bob", "carol", "dan"),
+        ("sees", "likes", "finds"),
+        ("the cat", "a dog", "Zoë", "漢字"),
+    )
     return [
-        ". ".join(
-            f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(things)}" for _ in range(draw.randint(1, 6))
-        )
+        ". ".join(f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(things)}" for _ in range(draw.randint(1, 6)))
         for _ in range(documents)
     ]
 

@@ -29,9 +29,7 @@ def run(config: Config, tokenizer: Tokenizer) -> dict[str, list[str]]:
         assert list(stream.verify())
         tokens = stream.windows(np.array([0]), len(stream))[0]
         ends = stream.documents[:, 0]
-        found[split] = [
-            tokenizer.decode(tokens[a : b - 1]) for a, b in zip([0, *ends[:-1]], ends, strict=True)
-        ]
+        found[split] = [tokenizer.decode(tokens[a : b - 1]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
     return found
 
 

@@ -28,7 +28,9 @@ def read(*argv: str) -> Config:
 def test_order_is_defaults_then_files_then_command_line(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("model: {hidden_size: 7, layers: 3}\ncorpus: {train: x.txt}\n")
     (tmp_path / "b.yaml").write_text("model: {hidden_size: 8}\n")
-    config = read(f"--config={tmp_path}/a.yaml", "--config", f"{tmp_path}/b.yaml", "--train.seed=5", "--optim.eps", "1e-6")
+    config = read(
+        f"--config={tmp_path}/a.yaml", "--config", f"{tmp_path}/b.yaml", "--train.seed=5", "--optim.eps", "1e-6"
+    )
     assert (config.model.hidden_size, config.model.layers, config.train.seed, config.optim.eps) == (8, 3, 5, 1e-6)
     assert config.corpus.train == "", "a section that the door does not read"
 
@@ -103,4 +105,6 @@ def test_every_configuration_of_the_repository_reads() -> None:
     found = sorted((ROOT / "configs").glob("*.yaml"))
     assert found
     for path in found:
-        assert read_config([knob.name for knob in dataclasses.fields(Config)], None, [f"--config={path}"]).stream.directory
+        assert read_config(
+            [knob.name for knob in dataclasses.fields(Config)], None, [f"--config={path}"]
+        ).stream.directory

@@ -16,7 +16,9 @@ from rnnlm.stream import TokenStream
 
 @pytest.fixture
 def model() -> RecurrentLM:
-    return RecurrentLM(ModelConfig(embedding_size=10, hidden_size=12, layers=2, dropout=0.5, init="uniform"), 300, seed=3)
+    return RecurrentLM(
+        ModelConfig(embedding_size=10, hidden_size=12, layers=2, dropout=0.5, init="uniform"), 300, seed=3
+    )
 
 
 def reference(model: RecurrentLM, stream: TokenStream, rows: int, count_eos: bool) -> tuple[float, int]:
@@ -40,9 +42,7 @@ def reference(model: RecurrentLM, stream: TokenStream, rows: int, count_eos: boo
 
 @pytest.mark.parametrize("count_eos", [True, False])
 @pytest.mark.parametrize("rows", [1, 3, 20])
-def test_every_token_is_scored_once_with_carried_state(
-    model: RecurrentLM, streams, rows: int, count_eos: bool
-) -> None:  # type: ignore[no-untyped-def]
+def test_every_token_is_scored_once_with_carried_state(model: RecurrentLM, streams, rows: int, count_eos: bool) -> None:  # type: ignore[no-untyped-def]
     stream = TokenStream(streams / "valid")
     found = evaluate(model, stream, rows, count_eos)
     nats, count = reference(model, stream, rows, count_eos)
@@ -57,9 +57,7 @@ def test_every_token_is_scored_once_with_carried_state(
 
 
 @pytest.mark.parametrize("processes", [2, 3, 7])
-def test_the_bits_do_not_depend_on_the_number_of_processes(
-    model: RecurrentLM, streams, processes: int
-) -> None:  # type: ignore[no-untyped-def]
+def test_the_bits_do_not_depend_on_the_number_of_processes(model: RecurrentLM, streams, processes: int) -> None:  # type: ignore[no-untyped-def]
     stream = TokenStream(streams / "valid")
     whole = evaluate(model, stream, 50, True)
     sums: list[torch.Tensor] = []

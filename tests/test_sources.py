@@ -47,7 +47,14 @@ def test_each_library_has_one_home() -> None:
 def test_nothing_is_pickled_and_nothing_is_left_for_later() -> None:
     for path in SOURCES:
         text = path.read_text()
-        for banned in (r"\bpickle\.", r"import pickle", r"torch\.(load|save)\(", r"\bTODO\b", r"\bFIXME\b", "NotImplemented"):
+        for banned in (
+            r"\bpickle\.",
+            r"import pickle",
+            r"torch\.(load|save)\(",
+            r"\bTODO\b",
+            r"\bFIXME\b",
+            "NotImplemented",
+        ):
             assert not re.search(banned, text), f"{path.name}: {banned}"
 
 
@@ -63,7 +70,8 @@ def test_tools_never_import_torch(script: Path) -> None:
         pytest.skip("benchmarks measure the library, and may")
     watched = (
         f"import runpy, sys\nsys.argv = [{str(script)!r}, '--help']\n"
-        f"try:\n    runpy.run_path({str(script)!r}, run_name='__main__')\nexcept SystemExit as end:\n    assert not end.code\n"
+        f"try:\n    runpy.run_path({str(script)!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code\n"
         "assert 'torch' not in sys.modules\n"
         "import rnnlm.build, rnnlm.stream, rnnlm.tokenizer\n"
         "assert 'torch' not in sys.modules\n"

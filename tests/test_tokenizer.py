@@ -71,7 +71,9 @@ def test_options_do_what_they_say() -> None:
 def test_vocabulary_faults_say_what_the_text_allows() -> None:
     with pytest.raises(UserError, match=r"tokenizer.vocab_size=5000: larger than this text allows; use at most \d+"):
         train(TEXTS, TokenizerConfig(vocab_size=5000))
-    with pytest.raises(UserError, match=r"tokenizer.vocab_size=100: too small; the bytes and characters alone need \d+"):
+    with pytest.raises(
+        UserError, match=r"tokenizer.vocab_size=100: too small; the bytes and characters alone need \d+"
+    ):
         train(TEXTS, TokenizerConfig(vocab_size=100))
     with pytest.raises(UserError, match="no text in it"):
         train([], TokenizerConfig())

@@ -31,9 +31,9 @@ def main() -> None:
     partial.write_bytes(tokenizer.model)
     partial.replace(path)
     print(
-        f"{path}: {tokenizer.vocab_size:,} pieces ({config.tokenizer.kind}) from {figures['sample_bytes'] / 1e6:.1f} MB "
-        f"of {figures['corpus_bytes'] / 1e6:.1f} MB; {figures['bytes_per_token']:.3f} bytes per token on "
-        f"{figures['held_back_bytes'] / 1e6:.1f} MB held back"
+        f"{path}: {tokenizer.vocab_size:,} pieces ({config.tokenizer.kind}) "
+        f"from {figures['sample_bytes'] / 1e6:.1f} MB of {figures['corpus_bytes'] / 1e6:.1f} MB; "
+        f"{figures['bytes_per_token']:.3f} bytes per token on {figures['held_back_bytes'] / 1e6:.1f} MB held back"
     )
 
 

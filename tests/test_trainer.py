@@ -1,0 +1,204 @@
+"""Training as a whole, in real processes: resume to the bit, 1 process against 2, and what a finished run says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Door, records, results
+from safetensors.torch import load_file
+
+from rnnlm.stream import TokenStream
+from rnnlm.substreams import Ring
+
+TRAIN, FAULTY = "launch/train.py", "tests/faulty_train.py"
+
+
+def final_state(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Everything in the checkpoint of a step: all tensors, and trainer.json."""
+    path = run / f"checkpoints/step-{step:08d}"
+    tensors = {}
+    for part in ("model", "optimizer", "hidden"):
+        tensors.update({f"{part}.{name}": value for name, value in load_file(path / f"{part}.safetensors").items()})
+    return tensors, json.loads((path / "trainer.json").read_text())
+
+
+def assert_same_bits(run: Path, other: Path, step: int = 20) -> None:
+    (mine, my_state), (theirs, their_state) = final_state(run, step), final_state(other, step)
+    assert mine.keys() == theirs.keys()
+    assert {name.split(".")[0] for name in mine} == {"model", "optimizer", "hidden"}
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+    assert my_state == their_state
+    assert results(run) == results(other)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Uninterrupted runs by number of processes, made when first wanted."""
+    return {}
+
+
+def uninterrupted(whole: dict[int, Path], run_door: Door, experiment: Path, processes: int, tmp_path: Path) -> Path:
+    if processes not in whole:
+        done = run_door(TRAIN, f"--config={experiment}", processes=0 if processes == 1 else processes)
+        assert done.returncode == 0, done.stderr
+        kept = tmp_path.parent / f"whole-{processes}"
+        shutil.copytree(tmp_path / "run", kept)
+        shutil.rmtree(tmp_path / "run")
+        whole[processes] = kept
+    return whole[processes]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_fault_01_killed_after_step_10_of_20_goes_on_bit_for_bit(
+    whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path, streams: Path, processes: int
+) -> None:
+    expected = uninterrupted(whole, run_door, experiment, processes, tmp_path)
+    windows = Ring(len(TokenStream(streams / "train")), 16, 48).windows_per_epoch
+    assert 10 < windows < 20, "an epoch ends between the checkpoint and the end"
+    launched = 0 if processes == 1 else processes
+    killed = run_door(FAULTY, "kill", "13", f"--config={experiment}", processes=launched)
+    assert killed.returncode != 0
+    run = tmp_path / "run"
+    assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000010"]
+    assert records(run, "train")[-1]["step"] == 12, "it had gone further than its checkpoint"
+    resumed = run_door(TRAIN, f"--config={experiment}", processes=launched)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from step 10 of 20" in resumed.stderr
+    assert_same_bits(run, expected)
+    starts = records(run, "start")
+    assert [start["step"] for start in starts] == [0, 10]
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    samples = (run / "samples.md").read_text()
+    assert samples == (expected / "samples.md").read_text()
+    assert samples.count("## step") == 2 and "anna sees" in samples
+
+
+def test_one_process_equals_two_and_masks_keyed_by_rank_do_not(
+    whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path
+) -> None:
+    one = uninterrupted(whole, run_door, experiment, 1, tmp_path)
+    two = uninterrupted(whole, run_door, experiment, 2, tmp_path)
+    start = records(two, "start")[0]
+    assert start["processes"] == 2
+    assert [rank["substreams"] for rank in start["ranks"]] == [[0, 8], [8, 16]]
+    assert len({rank["pid"] for rank in start["ranks"]}) == 2
+    assert all(line["processes"] == 2 for line in records(two, "train"))
+    done = run_door(FAULTY, "masks", "0", f"--config={experiment}", processes=2)
+    assert done.returncode == 0, done.stderr
+
+    def distance(run: Path) -> float:
+        losses = [[line["loss"] for line in records(each, "train")] for each in (one, run)]
+        assert len(losses[0]) == len(losses[1]) == 7
+        return max(abs(b / a - 1) for a, b in zip(*losses, strict=True))
+
+    assert distance(two) < 1e-5
+    assert distance(tmp_path / "run") > 1e-4, "control: the comparison sees masks that belong to ranks"
+    evaluations = [records(run, "valid") for run in (one, two)]
+    assert [line["scored_tokens"] for line in evaluations[0]] == [line["scored_tokens"] for line in evaluations[1]]
+
+
+def test_accumulation_over_substreams_is_the_same_training(
+    whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path
+) -> None:
+    one = uninterrupted(whole, run_door, experiment, 1, tmp_path)
+    done = run_door(TRAIN, f"--config={experiment}", "--train.accumulation=4", "--train.prefetch_workers=0")
+    assert done.returncode == 0, done.stderr
+    for mine, theirs in zip(records(tmp_path / "run", "train"), records(one, "train"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
+
+
+def test_a_loader_that_skips_a_window_is_caught(run_door: Door, experiment: Path) -> None:
+    done = run_door(FAULTY, "skip", "4", f"--config={experiment}")
+    assert done.returncode == 1
+    assert "RuntimeError: step 4: the loader gave step 4 at positions" in done.stderr
+
+
+def test_a_finished_run_says_so_and_longer_training_goes_on(
+    whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(uninterrupted(whole, run_door, experiment, 1, tmp_path), tmp_path / "run")
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    again = run_door(TRAIN, f"--config={experiment}")
+    assert again.returncode == 0
+    assert "finished at step 20 of 20" in again.stdout and "raise train.epochs" in again.stdout
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+    longer = run_door(TRAIN, f"--config={tmp_path}/run/config.yaml", "--train.max_steps=23", "--train.epochs=3")
+    assert longer.returncode == 0, longer.stderr
+    trained = records(tmp_path / "run", "train")
+    assert [line["step"] for line in trained[-3:]] == [20, 21, 23]
+    assert trained[-1]["learning_rate"] == pytest.approx(0.001), "the cosine's horizon stays where it was"
+    for process in range(2):  # and evaluation and generation read it
+        checkpoint = ("best", "last")[process]
+        done = run_door("launch/eval.py", f"--run.directory={tmp_path}/run", f"--run.checkpoint={checkpoint}")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["scored_tokens"] > 0
+
+
+def test_evaluation_by_two_processes_is_the_same_to_the_bit(
+    whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path
+) -> None:
+    run = uninterrupted(whole, run_door, experiment, 1, tmp_path)
+    options = (f"--run.directory={run}", "--eval.batch_size=40", "--eval.split=train", "--train.seq_len=7")
+    found = [run_door("launch/eval.py", *options, processes=processes) for processes in (0, 2)]
+    assert [done.returncode for done in found] == [0, 0], found[1].stderr
+    assert json.loads(found[0].stdout) == json.loads(found[1].stdout)
+
+
+def test_generation_from_the_door(whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path) -> None:
+    run = uninterrupted(whole, run_door, experiment, 1, tmp_path)
+    options = (f"--run.directory={run}", "--generate.samples=2", "--generate.prompts=[anna, bob sees]")
+    done = run_door("launch/generate.py", *options)
+    assert done.returncode == 0, done.stderr
+    parts = done.stdout.rstrip("\n").split("\n---\n")
+    assert [part.split()[0] for part in parts] == ["anna", "anna", "bob", "bob"]
+    assert run_door("launch/generate.py", *options).stdout == done.stdout
+    interactive = run_door("launch/generate.py", f"--run.directory={run}")  # stdin is empty: it asks, and ends
+    assert interactive.returncode == 0
+    assert interactive.stdout.startswith("prompt (empty to end)>")
+
+
+def test_a_damaged_checkpoint_costs_one_interval(
+    whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path
+) -> None:
+    expected = uninterrupted(whole, run_door, experiment, 1, tmp_path)
+    run = tmp_path / "run"
+    shutil.copytree(expected, run)
+    hidden = run / "checkpoints/step-00000020/hidden.safetensors"
+    data = bytearray(hidden.read_bytes())
+    data[-1] ^= 1
+    hidden.write_bytes(data)
+    done = run_door(TRAIN, f"--config={experiment}")
+    assert done.returncode == 0, done.stderr
+    assert "hidden.safetensors: its contents differ" in done.stderr and "going on from step 10" in done.stderr
+    assert (run / "checkpoints/damaged-step-00000020").is_dir()
+    assert_same_bits(run, expected)
+
+
+@pytest.mark.parametrize("option", ["--optim.schedule=plateau", "--model.cell=gru", "--train.precision=bf16"])
+def test_plateau_early_stopping_cells_and_bf16_resume_to_the_bit(
+    run_door: Door, experiment: Path, tmp_path: Path, option: str
+) -> None:
+    """Evaluated every 2 steps with a learning rate that cannot help, so that plateaus happen."""
+    options = [f"--config={experiment}", option, "--eval.every_steps=2", "--optim.clip_norm=0", "--run.keep_last=9"]
+    options += ["--optim.name=sgd", "--optim.momentum=0.9", "--optim.learning_rate=40", "--optim.early_stop_patience=7"]
+    first = run_door(TRAIN, *options, f"--run.directory={tmp_path}/first")
+    assert first.returncode == 0, first.stderr
+    killed = run_door(FAULTY, "kill", "11", *options)
+    assert killed.returncode == -9
+    resumed = run_door(TRAIN, *options)
+    assert resumed.returncode == 0, resumed.stderr
+    run = tmp_path / "run"
+    last = records(run, "train")[-1]
+    ended = records(run, "valid")[-1]["step"]
+    assert_same_bits(run, tmp_path / "first", ended)
+    if "plateau" in option:
+        assert last["learning_rate"] < 40
+    expected = "bfloat16" if "bf16" in option else "float32"
+    assert last["ran_in"] == {"layer0": expected, "layer1": expected, "head": expected}

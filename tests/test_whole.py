@@ -1,0 +1,210 @@
+"""The whole path as a user types it: the README's commands, and the mistakes of a first day."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Door, command, environment, make_text, records
+
+SMALL = {  # options that make a command of the README small enough for a test
+    "train_tokenizer.py": ["--tokenizer.vocab_size=300"],
+    "build_stream.py": ["--stream.valid_fraction=0.1"],
+    "train.py": [
+        *("--train.max_steps=4", "--train.global_batch_size=8", "--train.seq_len=16", "--train.device=cpu"),
+        *("--model.hidden_size=16", "--model.embedding_size=8", "--generate.prompts=a"),
+    ],
+    "eval.py": ["--eval.batch_size=8"],
+    "generate.py": ["--generate.max_tokens=5"],
+}
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def as_typed(line: str) -> list[str]:
+    """A command line with this Python, small options at its end, and at most two processes."""
+    words = shlex.split(line)
+    script = next(word for word in words if word.endswith(".py"))
+    if words[0] == "accelerate":
+        place = words.index(script)
+        processes = [] if "--num_processes" in words else ["--num_processes", "2" if "one_node" in line else "1"]
+        words[place:place] = [*processes, "--main_process_port", "0"]
+        words[:2] = ["-m", "accelerate.commands.launch"]
+    else:
+        words = words[1:]
+    return [sys.executable, *words, *SMALL.get(Path(script).name, [])]
+
+
+def test_every_command_of_the_readme(tmp_path: Path) -> None:
+    for folder in ("launch", "tools", "configs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    (tmp_path / "my.txt").write_text("\n".join(make_text(300)), encoding="utf-8")
+    commands = readme_commands()
+    assert commands[:2] == ["make quickstart", "make test"]
+    assert len(commands) == 13
+    for line in commands[2:]:
+        if "configs/imdb.yaml" in line:  # the reviews are not here: the streams of my.txt take their place
+            line += f" --stream.directory=streams/my --run.directory=runs/{abs(hash(line))}"
+        done = subprocess.run(
+            as_typed(line), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert [line["step"] for line in records(tmp_path / "runs/my", "start")] == [0]
+
+
+def test_the_readmes_python(streams: Path, tmp_path: Path) -> None:
+    found = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert found
+    names: dict[str, object] = {}
+    exec(found[1].replace("streams/my", str(streams)), names)
+    assert names["batch"].tokens.shape == (64, 33)  # type: ignore[attr-defined]
+
+
+def test_the_makefile_types_the_readmes_commands() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for script in ("make_corpus", "train_tokenizer", "build_stream", "train", "eval", "generate"):
+        assert re.search(rf"^\t\$\(BIN\)/.*\b{script}\.py", makefile, flags=re.MULTILINE)
+
+
+def test_make_corpus_is_the_standard_library(run_door: Door, tmp_path: Path) -> None:
+    done = run_door("tools/make_corpus.py", "corpus")
+    assert done.returncode == 0, done.stderr
+    files = list((tmp_path / "corpus").iterdir())
+    assert len(files) > 300
+    assert (tmp_path / "corpus/argparse.py").read_bytes() == Path(os.__file__).with_name("argparse.py").read_bytes()
+    assert not [file.name for file in files if re.search(r"^test\.|\.tests?\.|site-packages", file.name)]
+    assert "already there" in run_door("tools/make_corpus.py", "corpus").stdout
+
+
+Mistake = Callable[[Path, Path, Path], tuple[str, list[str]]]
+
+
+def other_tokenizer(tmp: Path, streams: Path, experiment: Path) -> tuple[str, list[str]]:
+    """A valid stream that was built with another tokenizer than the train stream."""
+    text = tmp / "other.txt"
+    text.write_text("\n".join(make_text(300, seed=9)), encoding="utf-8")
+    target = tmp / "mixed"
+    for script in ("tools/train_tokenizer.py", "tools/build_stream.py"):
+        options = [f"--corpus.train={text}", f"--stream.directory={target}", "--tokenizer.vocab_size=290"]
+        subprocess.run(command(script, *options), env=environment(), check=True, capture_output=True)
+    (target / "train").rename(target / "old")
+    (target / "train").symlink_to(streams / "train")
+    return "launch/train.py", [f"--config={experiment}", f"--stream.directory={target}"]
+
+
+MISTAKES: dict[str, tuple[Mistake, str]] = {
+    "no corpus": (
+        lambda tmp, streams, experiment: (
+            "tools/train_tokenizer.py",
+            ["--stream.directory=s", "--corpus.train=no.txt"],
+        ),
+        r"corpus.train=no.txt: cannot be read \(No such file or directory\)",
+    ),
+    "corpus not given": (
+        lambda tmp, streams, experiment: ("tools/build_stream.py", [f"--stream.directory={streams}"]),
+        r"corpus.train is not set; give text files",
+    ),
+    "empty corpus": (
+        lambda tmp, streams, experiment: (
+            "tools/train_tokenizer.py",
+            ["--stream.directory=s", f"--corpus.train={(tmp / 'e.txt').write_text('') or tmp / 'e.txt'}"],
+        ),
+        r"corpus.train: no text in it",
+    ),
+    "vocabulary too large": (
+        lambda tmp, streams, experiment: (
+            "tools/train_tokenizer.py",
+            ["--stream.directory=s", f"--corpus.train={(tmp / 't.txt').write_text('a b') and tmp / 't.txt'}"],
+        ),
+        r"tokenizer.vocab_size=16000: larger than this text allows; use at most \d+",
+    ),
+    "no stream": (
+        lambda tmp, streams, experiment: ("launch/train.py", ["--stream.directory=no", "--run.directory=r"]),
+        r"no/train/stream.json: No such file or directory; build the stream with tools/build_stream.py",
+    ),
+    "other tokenizer": (other_tokenizer, r"mixed/valid: built with another tokenizer than .*build both with the same"),
+    "misspelt key": (
+        lambda tmp, streams, experiment: ("launch/train.py", [f"--config={experiment}", "--model.hiden_size=3"]),
+        r"model.hiden_size: no such key in the command line; did you mean model.hidden_size\?",
+    ),
+    "stream too short": (
+        lambda tmp, streams, experiment: ("launch/train.py", [f"--config={experiment}", "--train.seq_len=5000"]),
+        r"train: \d+ tokens, shorter than one window of train.global_batch_size=16 substreams times train.seq_len=5000",
+    ),
+    "fp16 without a GPU": (
+        lambda tmp, streams, experiment: ("launch/train.py", [f"--config={experiment}", "--train.precision=fp16"]),
+        r"train.precision=fp16: needs a GPU",
+    ),
+    "no run": (
+        lambda tmp, streams, experiment: ("launch/eval.py", ["--run.directory=no"]),
+        r"run.directory=no: no run there; train one with launch/train.py",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_first_users_mistake_is_one_clear_line(
+    name: str, run_door: Door, tmp_path: Path, streams: Path, experiment: Path
+) -> None:
+    made, message = MISTAKES[name]
+    script, options = made(tmp_path, streams, experiment)
+    done = run_door(script, *options)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert re.search(f"^error: .*{message}", done.stderr), done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def our_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_a_batch_that_the_processes_do_not_divide(run_door: Door, experiment: Path) -> None:
+    done = run_door("launch/train.py", f"--config={experiment}", "--train.global_batch_size=15", processes=2)
+    assert done.returncode != 0
+    assert our_lines(done) == [
+        "error: train.global_batch_size=15 is not divisible by 2 processes times train.accumulation=1; use 14 or 16"
+    ]
+    assert re.search(r"exitcode\s*: 2", done.stderr), "the launcher reports our code"
+
+
+def test_fault_20_a_run_directory_of_another_configuration(run_door: Door, experiment: Path, tmp_path: Path) -> None:
+    assert run_door("launch/train.py", f"--config={experiment}", "--train.max_steps=1").returncode == 0
+    before = (tmp_path / "run/config.yaml").read_bytes()
+    done = run_door("launch/train.py", f"--config={experiment}", "--train.seq_len=40", "--model.dropout=0.1")
+    assert done.returncode == 2
+    assert our_lines(done) == [
+        f"error: run.directory={tmp_path}/run: holds a run of another configuration (model.dropout is 0.3 there, 0.1 "
+        "now; train.seq_len is 48 there, 40 now); choose another run.directory, or give these fields the values they "
+        "have there"
+    ]
+    assert (tmp_path / "run/config.yaml").read_bytes() == before
+
+
+def test_launched_processes_that_are_not_seen(run_door: Door, experiment: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "launch/train.py"), f"--config={experiment}"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert our_lines(done) == [
+        "error: accelerate launch was asked for several processes but started one; "
+        "use --config_file launch/cpu.yaml --num_processes 2, which starts them on a CPU"
+    ]
+    blind = run_door("tests/faulty_train.py", "blind", "0", f"--config={experiment}", processes=2)
+    assert blind.returncode != 0
+    assert our_lines(blind) == [
+        "error: 2 processes were launched, but each sees 1; "
+        "launch with a file of launch/, as in accelerate launch --config_file launch/cpu.yaml"
+    ]
+    assert not (tmp_path / "run").exists()
