@@ -201,7 +201,8 @@ def train_on_corpus(config: Config, progress: Callable[[int], None]) -> tuple[To
             if isinstance(document, Document):
                 held = fraction_of(document.text, config.stream.split_seed) < share
                 (held_back if held else sample).add(document.text)
-    tokenizer = train(sample.texts(), config.tokenizer)
+    # a corpus of a few documents may be held back whole
+    tokenizer = train(sample.texts() or held_back.texts(), config.tokenizer)
     figures = {
         "corpus_bytes": sample.seen_bytes + held_back.seen_bytes,
         "sample_bytes": sample.kept_bytes,
