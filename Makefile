@@ -15,7 +15,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/python tools/build_stream.py --config configs/quickstart.yaml
 	$(BIN)/accelerate launch --config_file launch/cpu.yaml launch/train.py --config configs/quickstart.yaml
 	$(BIN)/python launch/eval.py --run.directory=$(RUN)
-	$(BIN)/python launch/generate.py --run.directory=$(RUN) --generate.prompts="def main("
+	$(BIN)/python launch/generate.py --run.directory=$(RUN) --generate.prompts='"""This module '
 	@echo
 	@echo "Everything is in quickstart/: corpus/, streams/, and run/ with its"
 	@echo "  curves.png      loss, perplexity and learning rate"

@@ -457,6 +457,8 @@ def read_config(
 
 def run_door(main: Callable[[], int | None]) -> None:
     """Run a door's main: a user's mistake is one line and exit code 2, Ctrl-C is one line and 130."""
+    # Before torch loads OpenMP: threads that spin while they wait stop a run whose cores are not all its own.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = main()
     except UserError as error:

@@ -191,6 +191,7 @@ class Stopwatch:
 def draw_curves(metrics: Path, picture: Path) -> None:
     """Training loss, validation perplexity and learning rate over tokens, as a PNG."""
     from matplotlib.figure import Figure  # half a second, and only drawing needs it
+    from matplotlib.ticker import EngFormatter
 
     records = read_lines(metrics)
     train = [r for r in records if r["kind"] == "train" and r["loss"] is not None]
@@ -218,6 +219,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         panel.tick_params(which="both", colors=MUTED, labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
     panels[2].set_xlabel("tokens trained on", color=MUTED)
+    panels[2].xaxis.set_major_formatter(EngFormatter(sep=""))
     partial = picture.with_name(picture.name + ".partial")
     figure.savefig(partial, format="png", dpi=120)
     partial.replace(picture)

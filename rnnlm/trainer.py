@@ -423,8 +423,7 @@ def start_accelerator(config: Config) -> accelerate.Accelerator:
     accelerator = accelerate.Accelerator(
         cpu=not cuda,
         mixed_precision=PRECISIONS[train.precision],
-        # buffers are not synced: there are none that should be
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     launched = int(environment.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:

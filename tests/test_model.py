@@ -107,3 +107,9 @@ def test_weights_start_alike_whatever_the_global_generator() -> None:
     first = dict(model_of().named_parameters())
     torch.manual_seed(2)
     assert all(torch.equal(first[name], weight) for name, weight in model_of().named_parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_nothing_is_a_buffer(tied: bool) -> None:
+    """DDP would overwrite every rank's buffers with rank 0's at each forward."""
+    assert not list(model_of(tied=tied).buffers())
