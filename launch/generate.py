@@ -15,13 +15,13 @@ def main() -> None:
     asked = any(argument.startswith("--generate.prompts") for argument in sys.argv[1:])  # the run's own are not
     import torch  # after --help: it takes a second to import
 
-    from rnnlm.checkpoint import load_model
+    from rnnlm.checkpoint import choose, load_model
     from rnnlm.generate import write_continuations
 
     cuda = torch.cuda.is_available() and config.train.device != "cpu"
-    model, tokenizer, found = load_model(config, torch.device("cuda" if cuda else "cpu"))
+    model, tokenizer, found = load_model(config, choose(config), torch.device("cuda" if cuda else "cpu"))
     print(f"{found.path}, step {found.state['step']}", file=sys.stderr)
-    for prompts in [as_list(config.generate.prompts)] if asked else iter(_ask, []):
+    for prompts in [as_list(config.generate.prompts) or [""]] if asked else iter(_ask, []):
         write_continuations(model, tokenizer, prompts, config.generate, sys.stdout)
 
 

@@ -8,7 +8,7 @@ its keyed hash says so, wherever it stands; repeated documents stay on one side.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +100,6 @@ class Build:
         self.splits = list(self.inputs)
         if "valid" not in self.splits and config.stream.valid_fraction > 0:
             self.splits.append("valid")
-        self.total_bytes = sum(source.size for files in self.inputs.values() for source in files)
 
     def source(self) -> dict[str, Any]:
         """What the streams are made from; recorded in the manifest, so that a finished build is known again."""
@@ -129,6 +128,8 @@ class Build:
         found: dict[str, Manifest] = {}
         for split in ("train", "valid", "test"):
             if self.directory(split).exists():
+                if not (self.directory(split) / "stream.json").exists():
+                    raise UserError(f"{self.directory(split)}: is in the way and holds no stream; remove it")
                 manifest = Manifest.read(self.directory(split))
                 differing = [key for key, value in self.source().items() if manifest.source.get(key) != value]
                 if differing or split not in self.splits:
@@ -197,12 +198,9 @@ def tokenizer_path(config: Config) -> str:
 
 
 @contextmanager
-def progress_bar(config: Config, verb: str) -> Iterator[Callable[[int], None]]:
+def progress_bar(files: Iterable[Source], verb: str) -> Iterator[Callable[[int], None]]:
     """A function to tell bytes read to; shows MB/s and time left on a terminal."""
-    given = {"train": config.corpus.train, "valid": config.corpus.valid, "test": config.corpus.test}
-    if verb == "reading":
-        given = {"train": config.corpus.train}
-    total = sum(file.size for split, paths in given.items() for file in sources(paths, f"corpus.{split}"))
+    total = sum(file.size for file in files)
     with tqdm(total=total, desc=verb, unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
 
         def progress(size: int) -> None:

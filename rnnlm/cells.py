@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +61,7 @@ class RecurrentLayer(nn.Module):
             (T, B, H) in the precision it ran in, and the states after the last token, each (B, H) fp32.
         """
         dtype = compute_dtype(self.weight_hh)
-        weights = [w.to(dtype) for w in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)]
+        weights = self._weights(dtype)
         first = [
             state.to(dtype)[None] for state in states
         ]  # (1, B, H): what was computed in `dtype` comes back exactly
@@ -73,6 +75,15 @@ class RecurrentLayer(nn.Module):
             else:
                 out, *last = torch.rnn_tanh(x.to(dtype), first[0], weights, *options)
         return out, [state[0].to(states[0].dtype) for state in last]
+
+    def _weights(self, dtype: torch.dtype) -> list[Tensor]:
+        """W, U, b, d in the precision asked for; on GPUs in one block, as cuDNN wants them at every call."""
+        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        if not self.weight_hh.is_cuda:
+            return [weight.to(dtype) for weight in weights]
+        block = torch.cat([weight.to(dtype).flatten() for weight in weights])
+        sizes = [weight.numel() for weight in weights]
+        return [part.view(weight.shape) for part, weight in zip(torch.split(block, sizes), weights, strict=True)]
 
     def initialise(self, config: ModelConfig, seed: int, name: str) -> None:
         """Fill the weights, each from its own (seed, name), so that no other part's size changes them."""
@@ -95,6 +106,22 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     """The precision that products with `weight` run in: autocast's where it is on, else the weight's own."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 products in fp32, not in TF32: what is scored or generated does not depend on how training was sped up."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
@@ -132,9 +159,9 @@ def hashed_bits(seed: int, site: int, step: Tensor, rows: Tensor, places: int, f
         (T, B, F) int32
     """
     device = rows.device
-    key = mix(_int32(torch.tensor([seed % 2**32, seed >> 32, site], device=device)))
-    key = mix(mix(mix(key[:1]) ^ key[1:2]) ^ key[2:])  # (1,)
-    key = mix(mix(key ^ _int32(step)) ^ _int32(step >> 32))
+    parts = [_mix_number(part) for part in (seed % 2**32, seed >> 32, site)]
+    start = _mix_number(_mix_number(_mix_number(parts[0]) ^ parts[1]) ^ parts[2])
+    key = mix(mix(_int32(step ^ start)) ^ _int32(step >> 32)).reshape(1)
     row = mix(mix(key ^ _int32(rows)))  # (B,)
     cell = mix(row[None, :] ^ mix(_int32(torch.arange(places, device=device)))[:, None])  # (T, B)
     feature = mix(_int32(torch.arange(features, device=device)) ^ key)  # (F,)
@@ -144,6 +171,13 @@ def hashed_bits(seed: int, site: int, step: Tensor, rows: Tensor, places: int, f
     bits ^= (bits >> SHIFTS[1]).bitwise_and_(2 ** (32 - SHIFTS[1]) - 1)
     bits *= MULTIPLIERS[1]
     return bits
+
+
+def _mix_number(x: int) -> int:
+    """`mix` of one number, 0 <= x < 2^32."""
+    for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, 1), strict=True):
+        x = (x ^ (x >> shift)) * multiplier % 2**32
+    return x
 
 
 def _int32(x: Tensor) -> Tensor:

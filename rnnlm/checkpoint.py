@@ -70,7 +70,7 @@ def save(root: Path, name: str, parts: Mapping[str, Tensors], state: Mapping[str
     Raises:
         OSError: it could not be written; nothing of it is left.
     """
-    final, partial = root / name, root / f"{name}.partial"
+    final, partial, replaced = (root / f"{name}{suffix}" for suffix in ("", ".partial", ".replaced"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -83,13 +83,14 @@ def save(root: Path, name: str, parts: Mapping[str, Tensors], state: Mapping[str
             )
             write_durably(partial / key, data)
             entries[key] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        body = {"format": FORMAT, "version": VERSION, "files": entries}
-        write_durably(partial / "manifest.json", json.dumps({**body, "digest": json_digest(body)}, indent=1).encode())
+        write_durably(partial / "manifest.json", _spell({"format": FORMAT, "version": VERSION, "files": entries}))
         fsync_directory(partial)
-        if final.exists():  # left by a later life of this run that an older checkpoint has overtaken
-            shutil.rmtree(final)
+        if final.exists():  # of a life of this run that died after it, and went on from an older one
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         partial.rename(final)
         fsync_directory(root)
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -111,45 +112,55 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, state)
 
 
-def newest(root: Path, prefix: str) -> Checkpoint | None:
-    """The newest whole checkpoint called <prefix>-<step>; None if there is none at all.
-
-    Damaged ones on the way are set aside, loudly.
+def newest(root: Path, prefix: str) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    """The newest whole checkpoint called <prefix>-<step>, and what is wrong with each newer one; reads only.
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole: starting anew is the user's decision.
     """
-    found = names(root, prefix)
-    for path in reversed(found):
+    damaged: list[CheckpointError] = []
+    for path in reversed(names(root, prefix)):
         try:
-            return load(path)
+            return load(path), damaged
         except CheckpointError as error:
+            damaged.append(error)
+    if damaged:
+        raise CheckpointError(
+            f"{root}: every checkpoint is damaged ({damaged[0]}); to start anew, choose another run.directory"
+        )
+    return None, []
+
+
+def set_aside(root: Path, prefix: str, good: Checkpoint) -> None:
+    """Rename the checkpoints that are newer than the newest good one to damaged-<name>."""
+    for path in names(root, prefix):
+        if _step(path) > _step(good.path):
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            print(f"warning: {error}; set aside as {aside.name}, looking for an older one", file=sys.stderr, flush=True)
-    if found:
-        raise CheckpointError(f"{root}: every checkpoint is damaged; to start anew, choose another run.directory")
-    return None
 
 
 def names(root: Path, prefix: str) -> list[Path]:
     """The directories called <prefix>-<step>, oldest first; whole or not."""
     pattern = re.compile(rf"{prefix}-\d{{8,}}")
     found = [path for path in root.iterdir() if pattern.fullmatch(path.name)] if root.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(found, key=_step)
 
 
-def prune(root: Path, prefix: str, keep: int) -> None:
-    """Delete all but the newest `keep`, once the newest has been read back and is whole.
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def prune(written: Path, prefix: str, keep: int) -> None:
+    """Delete all but `keep`, the one just written and the newest others, once it has been read back and is whole.
 
     Raises:
-        CheckpointError: the newest is damaged; nothing was deleted.
+        CheckpointError: the one just written is damaged; nothing was deleted.
     """
-    found = names(root, prefix)
-    if len(found) > keep:
-        load(found[-1])
-        for path in found[:-keep]:
+    others = [path for path in names(written.parent, prefix) if path != written]
+    if surplus := others[: max(0, len(others) - keep + 1)]:
+        load(written)
+        for path in surplus:
             shutil.rmtree(path)
 
 
@@ -172,23 +183,45 @@ def _describe(tensor: Tensor | None) -> str:
     return "not there" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
-def load_model(config: Config, device: torch.device) -> tuple[RecurrentLM, Tokenizer, Checkpoint]:
-    """The model of a run, as run.checkpoint names it: the best one, or the last where there is no best yet.
+def choose(config: Config) -> Path:
+    """The checkpoint that run.checkpoint names: the best one, or the last where no best one is whole; reads only.
 
     Raises:
-        UserError: no checkpoint, or one that does not fit the run's configuration.
+        CheckpointError: no whole checkpoint in the run.
     """
-    directory = Path(config.run.directory)
-    found = newest(directory / "checkpoints", "best") if config.run.checkpoint == "best" else None
-    found = found or newest(directory / "checkpoints", "step")
-    if found is None:
-        raise UserError(f"run.directory={directory}: no checkpoint yet; train first, or wait for run.save_every_steps")
-    tokenizer = Tokenizer.load(directory / "tokenizer.model")
+    root = Path(config.run.directory) / "checkpoints"
+    if config.run.checkpoint == "best":
+        try:
+            if (best := newest(root, "best")[0]) is not None:
+                return best.path
+        except CheckpointError as error:
+            print(f"warning: {error}; reading the last checkpoint instead", file=sys.stderr, flush=True)
+    last, _ = newest(root, "step")
+    if last is None:
+        raise CheckpointError(f"{root}: no checkpoint yet; train first, or wait for run.save_every_steps")
+    return last.path
+
+
+def load_model(config: Config, path: Path, device: torch.device) -> tuple[RecurrentLM, Tokenizer, Checkpoint]:
+    """The model in a checkpoint of the run, on a device.
+
+    Raises:
+        UserError: a checkpoint that does not fit the run's configuration or tokenizer.
+    """
+    found = load(path)
+    tokenizer = Tokenizer.load(Path(config.run.directory) / "tokenizer.model")
     if tokenizer.digest != found.state.get("tokenizer"):
-        raise UserError(f"{directory}/tokenizer.model: not the tokenizer of {found.path.name}; put the right one back")
+        raise CheckpointError(
+            f"{config.run.directory}/tokenizer.model: not that of {path.name}; put the right one back"
+        )
     model = RecurrentLM(config.model, tokenizer.vocab_size, config.train.seed, config.train.loss_chunk_tokens)
-    copy_tensors(dict(model.named_parameters()), found.tensors("model"), found.path)
+    copy_tensors(dict(model.named_parameters()), found.tensors("model"), path)
     return model.to(device), tokenizer, found
+
+
+def _spell(body: Mapping[str, Any]) -> bytes:
+    """A manifest's only spelling, its digest in it."""
+    return json.dumps({**body, "digest": json_digest(body)}, indent=1).encode()
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -196,14 +229,15 @@ def _manifest(path: Path) -> dict[str, Any]:
     try:
         if (path / "manifest.json").stat().st_size > JSON_BYTES:
             raise CheckpointError(f"{path}/manifest.json: larger than any manifest")
-        body = json.loads((path / "manifest.json").read_bytes())
-        digest = body.pop("digest")
+        data = (path / "manifest.json").read_bytes()
+        body = json.loads(data)
+        del body["digest"]
         files = {str(name): dict(entry) for name, entry in body["files"].items()}
         known = (body["format"], body["version"]) == (FORMAT, VERSION)
         safe = all(Path(name).name == name for name in files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}/manifest.json: cannot be read ({error})") from error
-    if digest != json_digest(body) or not known or not safe:
+    if data != _spell(body) or not known or not safe:
         raise CheckpointError(f"{path}/manifest.json: damaged, or not a checkpoint of version {VERSION}")
     return files
 

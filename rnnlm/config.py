@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import math
 import os
 import sys
@@ -263,7 +264,8 @@ class Config:
     def faults(self) -> list[str]:
         """Every value that cannot work, as `section.key=value: what is expected`."""
         low = {  # inclusive lower bounds
-            "corpus.unit_bytes": 1, "tokenizer.vocab_size": 1, "tokenizer.sample_bytes": 1,
+            "corpus.unit_bytes": 1, "tokenizer.vocab_size": 1, "tokenizer.character_coverage": 0.98, "train.seed": 0,
+            "generate.seed": 0, "tokenizer.seed": 0, "stream.split_seed": 0, "tokenizer.sample_bytes": 1,
             "stream.shard_tokens": 1, "stream.valid_fraction": 0, "model.embedding_size": 1, "model.hidden_size": 1,
             "model.layers": 1, "model.dropout": 0, "model.init_range": 0, "optim.learning_rate": 0,
             "optim.momentum": 0, "optim.beta1": 0, "optim.beta2": 0, "optim.eps": 0, "optim.weight_decay": 0,
@@ -276,12 +278,9 @@ class Config:
             "run.log_every_steps": 1, "run.save_every_steps": 1, "run.keep_last": 2,
         }  # fmt: skip
         below = {
-            "stream.valid_fraction": 1,
-            "model.dropout": 1,
-            "optim.momentum": 1,
-            "optim.beta1": 1,
-            "optim.beta2": 1,
-        }
+            "stream.valid_fraction": 1, "model.dropout": 1, "optim.momentum": 1, "optim.beta1": 1, "optim.beta2": 1,
+            "tokenizer.seed": 2**63, "stream.split_seed": 2**63, "train.seed": 2**63, "generate.seed": 2**63,
+        }  # fmt: skip
         high = {
             "tokenizer.character_coverage": 1,
             "optim.plateau_factor": 1,
@@ -290,7 +289,9 @@ class Config:
         }
         found = []
         for key, value in self.flat().items():
-            if isinstance(value, float) and not math.isfinite(value):
+            if value is None:
+                found.append(f"{key}: has no value; give one or leave the line out")
+            elif isinstance(value, float) and not math.isfinite(value):
                 found.append(f"{key}={value}: must be a finite number")
             elif key in low and value < low[key]:
                 found.append(f"{key}={value}: must be at least {low[key]}")
@@ -382,7 +383,7 @@ def _split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def differing(config: Config, recorded: dict[str, dict[str, Any]]) -> list[str]:
-    """Fields of a run's identity that differ from its record, as `section.key=there there, here here`."""
+    """Fields of a run's identity that differ from its record, as `section.key is 1 there, 2 now`."""
     kinds, found = field_kinds(), []
     for key, value in config.flat().items():
         section, name = key.split(".")
@@ -425,7 +426,9 @@ def read_config(
     loaded = {path: load_yaml(path) for path in files}
     faults = []
     for path, content in loaded.items():
-        faults += unknown_keys((f"{section}.{key}" for section, part in content.items() for key in part), path)
+        empty = [f"{section}." for section, part in content.items() if not part and not hasattr(Config(), section)]
+        keys = [f"{section}.{key}" for section, part in content.items() for key in part]
+        faults += unknown_keys(empty + keys, path)
     names = [argument[2:].split("=")[0].rstrip("+") for argument in rest if argument.startswith("--")]
     faults += unknown_keys((name for name in names if name not in ("help", "print_config")), "the command line")
     if faults:
@@ -441,7 +444,7 @@ def read_config(
     for section in sections:
         parser.add_class_arguments(type(getattr(Config(), section)), section)
     texts = [
-        f"--config={yaml.safe_dump({name: content[name] for name in content if name in sections})}"
+        f"--config={json.dumps({name: content[name] for name in content if name in sections})}"
         for content in loaded.values()
     ]
     try:

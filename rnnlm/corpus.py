@@ -65,13 +65,16 @@ def sources(paths: list[str] | str, key: str) -> list[Source]:
 
     found = []
     for pattern in as_list(paths):
-        matches = fsspec.open_files(pattern, mode="rb")
+        try:
+            matches = fsspec.open_files(pattern, mode="rb")
+        except (ImportError, ValueError, OSError) as error:
+            raise UserError(f"{key}={pattern}: cannot be opened ({error})") from error
         if not matches:
             raise UserError(f"{key}={pattern}: no file matches; give a path, a glob or a URL of text files")
         for file in matches:
-            if file.fs.isdir(file.path):
-                raise UserError(f"{key}={pattern}: is a directory; name its files, as in {pattern.rstrip('/')}/*.txt")
             try:
+                if file.fs.isdir(file.path):
+                    raise UserError(f"{key}={pattern}: is a directory; name files, as in {pattern.rstrip('/')}/*.txt")
                 found.append(Source(file.path, int(file.fs.size(file.path) or 0), file.open))
             except OSError as error:
                 raise UserError(f"{key}={pattern}: cannot be read ({error.strerror or error})") from error
@@ -114,7 +117,7 @@ def documents(unit: Unit, corpus: CorpusConfig) -> Iterator[Document | Rejected]
                 text = record.decode("utf-8").removeprefix("\ufeff" if offset == 0 else "")
                 if corpus.document == "jsonl" and text.strip():
                     text = _json_field(text, corpus.field)
-            except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
                 reason = "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else "invalid JSON or field"
                 if corpus.on_bad_record == "fail":
                     raise UserError(

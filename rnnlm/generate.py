@@ -43,10 +43,10 @@ def generate(model: RecurrentLM, tokenizer: Tokenizer, prompts: list[str], confi
     logits = torch.cat([warm[prompt][0] for prompt, _ in owners])  # (B, V)
     hidden: Hidden = {name: torch.cat([warm[prompt][1][name] for prompt, _ in owners]) for name in warm[0][1]}
     decoders = [tokenizer.decoder(contexts[prompt]) for prompt, _ in owners]
-    rows = torch.tensor([(prompt << 20) + sample for prompt, sample in owners], device=device)
+    rows = torch.tensor([(prompt << 20) + sample for prompt, sample in owners])
     running = [True] * len(owners)
     for place in range(config.max_tokens):
-        tokens = draw(logits, config, torch.tensor(place, device=device), rows)  # (B,)
+        tokens = draw(logits.cpu(), config, torch.tensor(place), rows)  # (B,), alike whatever the device
         for row, token in enumerate(tokens.tolist()):
             if running[row]:
                 running[row] = not (config.stop_at_eos and token == tokenizer.eos_id)
@@ -54,7 +54,7 @@ def generate(model: RecurrentLM, tokenizer: Tokenizer, prompts: list[str], confi
                     yield Piece(*owners[row], text)
         if not any(running):
             break
-        logits, hidden = model.next_logits(tokens[:, None], hidden)
+        logits, hidden = model.next_logits(tokens[:, None].to(device), hidden)
     for owner, decoder in zip(owners, decoders, strict=True):
         if text := decoder.finish():
             yield Piece(*owner, text)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rnnlm.cells import compute_dtype
 
@@ -38,8 +39,11 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tenso
 
 
 @torch.no_grad()
-def token_losses(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, chunk: int) -> Tensor:
-    """The same for each token, without gradients: (N,); 0 where the target is -1."""
+def token_losses(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, chunk: int = 512) -> Tensor:
+    """The same for each token, without gradients: (N,); 0 where the target is -1.
+
+    `chunk` is no option of evaluation: another size may round otherwise.
+    """
     return torch.cat(
         [
             _softmax(part @ weight.T + bias, wanted)[0]
@@ -80,9 +84,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outer: Any) -> Any:
-        x, weight, bias = ctx.saved_tensors  # gradients of the sum; `outer` is a scalar
-        return x * outer[0].to(x.dtype), weight * outer[0], bias * outer[0], None, None
+        x, weight, bias = ctx.saved_tensors  # gradients of the sum; `outer` is a scalar in full precision
+        return (x.to(outer[0].dtype) * outer[0]).to(x.dtype), weight * outer[0], bias * outer[0], None, None
 
 
 def _accumulate(grads: Any, start: int, slope: Tensor, part: Tensor, matrix: Tensor) -> None:

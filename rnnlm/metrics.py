@@ -8,6 +8,7 @@ checkpoint, the lines of the steps it will do again are dropped first. The price
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import resource
@@ -25,6 +26,7 @@ from rnnlm.config import RunConfig
 from rnnlm.evaluate import exp
 
 FIXED_POINT = 2**20  # losses are summed as integers of this many parts per nat, since integer sums have no order
+LARGEST = 2.0**32  # nats of a micro-batch; above it training has diverged and the integers would overflow
 COLOURS = ("#2a78d6", "#eb6834")  # training, validation
 INK, MUTED, GRID, SURFACE = "#0b0b0b", "#52514e", "#e1e0d9", "#fcfcfb"
 
@@ -32,8 +34,8 @@ INK, MUTED, GRID, SURFACE = "#0b0b0b", "#52514e", "#e1e0d9", "#fcfcfb"
 class IntervalLoss:
     """The mean loss since the last line, on the device and without waiting for it.
 
-    The sums are integers, so that they come out the same however they were split over ranks, micro-batches, or lives
-    of the run: a resumed run logs the bits of an uninterrupted one. Resolution: 1e-6 nats of a step's summed loss.
+    The sums are integers, so that they come out the same in whatever order micro-batches, ranks and lives of the run
+    are added: a resumed run logs the bits of an uninterrupted one. Resolution: 1e-6 nats of a micro-batch's loss.
     """
 
     def __init__(self, device: torch.device):
@@ -41,7 +43,7 @@ class IntervalLoss:
 
     def add(self, loss: torch.Tensor, count: torch.Tensor) -> None:
         """Take in one micro-batch: () summed loss in nats, () number of targets."""
-        finite = loss.isfinite()
+        finite = loss.abs() < LARGEST  # false for NaN
         fixed = (torch.where(finite, loss, 0.0).double() * FIXED_POINT).round().long()
         self.sums += torch.stack([fixed, count, (~finite).long()])
 
@@ -51,7 +53,7 @@ class IntervalLoss:
 
     @staticmethod
     def mean(sums: list[int]) -> float | None:
-        """Nats per token of reduced sums; None where a loss was not finite."""
+        """Nats per token of reduced sums; None where a loss was not finite, or beyond all use."""
         loss, count, bad = sums
         return None if bad else loss / FIXED_POINT / max(1, count)
 
@@ -71,15 +73,17 @@ class Metrics:
         keep_lines(self.path, step)
         keep_samples(self.samples, step)
         self._file = self.path.open("a", encoding="utf-8")
+        self._drawn = time.monotonic()
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True) if terminal else None
         self._wandb = _start_wandb(directory, config)
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and of the console."""
-        line = {"kind": kind, **record}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+        with self.forgiven("metrics.jsonl"):
+            self._file.write(json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
+            self._file.flush()
         self._show(kind, record)
         if self._wandb is not None and kind != "start":
             numbers = {f"{kind}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
@@ -88,6 +92,26 @@ class Metrics:
             except Exception as error:  # whatever goes wrong there is no reason to stop here
                 self.say(f"warning: wandb stopped ({error}); training goes on")
                 self._wandb = None
+
+    @contextmanager
+    def forgiven(self, name: str) -> Iterator[None]:
+        """A report that cannot be written is told, and costs nothing else."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"warning: {name} could not be written ({error}); training goes on")
+
+    def sync(self) -> None:
+        """Wait until every line is on disk: a checkpoint must not outlive the lines before it."""
+        with self.forgiven("metrics.jsonl"):
+            os.fsync(self._file.fileno())
+
+    def draw(self, every_seconds: float = 0) -> None:
+        """Draw the curves as they stand, unless that was done less than so many seconds ago."""
+        if time.monotonic() - self._drawn >= every_seconds:
+            with self.forgiven("curves.png"):
+                draw_curves(self.path, self.directory / "curves.png")
+            self._drawn = time.monotonic()
 
     def say(self, text: str) -> None:
         """A line for the person at the console."""
@@ -113,7 +137,7 @@ class Metrics:
 
     def sample(self, step: int, text: str) -> None:
         """Append generated text to samples.md."""
-        with self.samples.open("a", encoding="utf-8") as file:
+        with self.forgiven("samples.md"), self.samples.open("a", encoding="utf-8") as file:
             file.write(f"## step {step}\n\n{text}\n\n")
 
     def close(self) -> None:
@@ -121,9 +145,12 @@ class Metrics:
         self._file.close()
         if self._bar:
             self._bar.close()
-        draw_curves(self.path, self.directory / "curves.png")
+        self.draw()
         if self._wandb is not None:
-            self._wandb.finish()
+            try:
+                self._wandb.finish()
+            except Exception as error:
+                self.say(f"warning: wandb did not finish ({error})")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -195,7 +222,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
 
     records = read_lines(metrics)
     train = [r for r in records if r["kind"] == "train" and r["loss"] is not None]
-    valid = [r for r in records if r["kind"] == "valid"]
+    valid = [r for r in records if r["kind"] == "valid" and r["loss"] is not None]
     figure = Figure(figsize=(8, 8), layout="constrained", facecolor=SURFACE)
     panels = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1.4])
     panels[0].plot([r["tokens"] for r in train], [r["loss"] for r in train], color=COLOURS[0], lw=1.5)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rnnlm.cells import STATES, Hidden, RecurrentLayer, compute_dtype, dropout, named_generator
+from rnnlm.cells import STATES, Hidden, RecurrentLayer, compute_dtype, dropout, full_precision, named_generator
 from rnnlm.config import ModelConfig
 from rnnlm.loss import linear_cross_entropy, token_losses
 
@@ -38,13 +38,15 @@ class RecurrentLM(nn.Module):
         )
         self.projection = nn.Linear(hidden, width, bias=False) if config.tied and width != hidden else nn.Identity()
         self.head = nn.Linear(width if config.tied else hidden, vocab_size)
-        self.ran_in: dict[str, str] = {}  # the dtype that each part really computed in, last time
+        self.ran_in: dict[str, str] = {}  # the dtype that each part really trained in, last time
         self._initialise()
         if config.tied:
             self.head.weight = self.embedding.weight
 
     def _initialise(self) -> None:
         """Token vectors and head uniform in +-init_range (Zaremba et al. 2014), head bias zero, layers by init."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the bits of an orthogonal matrix depend on the threads that made it
         spread = self.config.init_range
         for name, part in self.named_children():
             if isinstance(part, nn.Embedding | nn.Linear):
@@ -53,6 +55,7 @@ class RecurrentLM(nn.Module):
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, RecurrentLayer)
             layer.initialise(self.config, self.seed, f"layer{index}")
+        torch.set_num_threads(threads)
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part; shared ones are counted where they first occur."""
@@ -94,13 +97,15 @@ class RecurrentLM(nn.Module):
         return loss, (wanted >= 0).sum(), hidden
 
     @torch.no_grad()
+    @full_precision()
     def token_losses(self, tokens: Tensor, hidden: Hidden, targets: Tensor) -> tuple[Tensor, Hidden]:
         """Loss of every token, (B, T) in nats, 0 where masked, without dropout or gradients; and the new state."""
         out, hidden = self._run(tokens, hidden)
-        losses = token_losses(out.flatten(0, 1), self.head.weight, self.head.bias, targets.t().reshape(-1), self.chunk)
+        losses = token_losses(out.flatten(0, 1), self.head.weight, self.head.bias, targets.t().reshape(-1))
         return losses.view(targets.shape[1], targets.shape[0]).t(), hidden
 
     @torch.no_grad()
+    @full_precision()
     def next_logits(self, tokens: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
         """Logits of the token after the last one, (B, V); and the new state."""
         out, hidden = self._run(tokens, hidden)
@@ -123,7 +128,8 @@ class RecurrentLM(nn.Module):
         for index, layer in enumerate(self.layers):
             names = [f"layer{index}.{part}" for part in STATES[self.config.cell]]
             x, states = layer(x, [hidden[name] for name in names])  # (T, B, H)
-            self.ran_in[f"layer{index}"] = _name(x.dtype)
+            if step is not None:  # training; evaluation is always in fp32
+                self.ran_in[f"layer{index}"] = _name(x.dtype)
             after.update(zip(names, states, strict=True))
             x = drop(x, index + 1)
         x = self.projection(x)  # (T, B, D)

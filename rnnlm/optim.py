@@ -60,8 +60,8 @@ class ValidationMemory:
     learning_rate_scale: float = 1.0  # product of the plateau schedule's cuts
 
     def update(self, loss: float, step: int, config: OptimConfig) -> bool:
-        """Take in a validation loss; whether it is a new best. A NaN never is."""
-        if not math.isnan(loss) and (self.best_loss is None or loss < self.best_loss):
+        """Take in a validation loss; whether it is a new best. One that is not finite never is."""
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best_loss, self.best_step = loss, step
             self.evaluations_since_best = self.evaluations_since_cut = 0
             return True

@@ -31,6 +31,7 @@ FORMAT = "rnnlm-stream"
 VERSION = 1
 HEADER_BYTES = 128  # numpy pads headers to 64; ours always fit into 128
 READ_BYTES = 2**22
+MAPPED_SHARDS = 512  # at once: each holds a file descriptor, of which a process has 1,024
 MANIFEST_BYTES = 2**26  # no manifest is larger: 10,000 shards take 2 MB
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
@@ -52,6 +53,7 @@ class Manifest:
     documents: int
     text_bytes: int
     words: int
+    unknown_tokens: int  # always 0 with byte fallback; a foreign tokenizer may lose text
     records: Mapping[str, int]  # read = kept + empty + rejected, each rejection under its reason
     source: Mapping[str, Any]  # what it was built from: same source, same stream
     shards: list[dict[str, Any]]  # name, tokens, sha256
@@ -75,7 +77,8 @@ class Manifest:
         try:
             if path.stat().st_size > MANIFEST_BYTES:
                 raise StreamError(f"{path}: larger than any manifest; build the stream again")
-            body = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            body = json.loads(text)
         except OSError as error:
             raise StreamError(f"{path}: {error.strerror}; build the stream with tools/build_stream.py") from error
         except ValueError as error:
@@ -85,7 +88,12 @@ class Manifest:
         digest = body.pop("digest", None)
         if digest != json_digest({"format": FORMAT, "version": VERSION, **body}):
             raise StreamError(f"{path}: was changed since it was written (its digest differs); build the stream again")
-        return cls(**body, digest=digest)
+        manifest = cls(**body, digest=digest)
+        if manifest.to_json() != text:
+            raise StreamError(
+                f"{path}: was changed since it was written (its spelling differs); build the stream again"
+            )
+        return manifest
 
 
 def json_digest(value: Any) -> str:
@@ -160,6 +168,7 @@ class StreamWriter:
         self.partial.mkdir(parents=True)
         self._documents = _ArrayFile(self.partial / "documents.npy", "<i8", (3,))
         self._totals = np.zeros(3, dtype=np.int64)
+        self._unknown = 0
         self._shards: list[dict[str, Any]] = []
         self._shard: _ArrayFile | None = None
 
@@ -181,6 +190,7 @@ class StreamWriter:
         assert int(documents[:, 0].sum()) == len(tokens)
         self._documents.append(self._totals + np.cumsum(documents, axis=0))
         self._totals = self._totals + documents.sum(axis=0)
+        self._unknown += int(np.count_nonzero(tokens == self.tokenizer.unknown_id))
         while len(tokens):
             if self._shard is None:
                 self._shard = _ArrayFile(self.partial / f"shard-{len(self._shards):05d}.npy", self.dtype)
@@ -209,6 +219,7 @@ class StreamWriter:
             documents=self._documents.rows,
             text_bytes=text_bytes,
             words=words,
+            unknown_tokens=self._unknown,
             records=dict(records),
             source=dict(source),
             shards=self._shards,
@@ -288,10 +299,14 @@ class TokenStream:
 
     def shard(self, index: int) -> Tokens:
         """The tokens of one shard, mapped, not read."""
-        if index not in self._maps:
+        tokens = self._maps.pop(index, None)
+        if tokens is None:
             shard = self.manifest.shards[index]
-            self._maps[index] = self._map(shard["name"], self.manifest.dtype, (shard["tokens"],))
-        return self._maps[index]
+            tokens = self._map(shard["name"], self.manifest.dtype, (shard["tokens"],))
+        self._maps[index] = tokens  # the last one used is the last in order
+        if len(self._maps) > MAPPED_SHARDS:
+            del self._maps[next(iter(self._maps))]
+        return tokens
 
     @property
     def documents(self) -> npt.NDArray[np.int64]:

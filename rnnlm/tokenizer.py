@@ -40,6 +40,7 @@ class Tokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = int(self._processor.vocab_size())
             self.eos_id = int(self._processor.eos_id())
+            self.unknown_id = int(self._processor.unk_id())
         except RuntimeError as error:
             raise UserError(f"{name}: not a SentencePiece model; train one with tools/train_tokenizer.py") from error
         if self.eos_id < 0:
@@ -157,7 +158,7 @@ def train(texts: list[str], config: TokenizerConfig) -> Tokenizer:
         UserError: no text, or a vocabulary size that the text does not allow.
     """
     if not texts:
-        raise UserError("corpus.train: no text in it, every document is empty; give a corpus with text")
+        raise UserError("corpus.train: no text in it that fits into tokenizer.sample_bytes; give a corpus with text")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -8,6 +8,8 @@ constant, so a token weighs the same in every step, on every rank, in every micr
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import os
 import platform
 import sys
@@ -83,26 +85,23 @@ class Trainer:
         self.horizon = config.optim.horizon_steps or self.total_steps
         self.interval, self.clock = IntervalLoss(self.device), Stopwatch()
         self.gradient_norm = torch.zeros((), device=self.device)
+        self.saved_step = 0
         self.metrics: Metrics | None = None  # in the main process alone
+        self._settle()
 
     def fit(self) -> None:
         """Train to the end; the same call after any kind of death goes on where the newest checkpoint stands."""
         self.resume()
-        if self.finished:
-            self.say_finished()
-            return
         self.open_metrics()
         with closing(self.batches()) as batches:
             for batch in batches:
                 self.train_step(batch)
+                if self.due(self.config.eval.every_steps or self.ring.windows_per_epoch):
+                    self.validate()  # first: it may end the training
                 if self.due(self.config.run.log_every_steps):
                     self.log()
-                if self.due(self.config.eval.every_steps or self.ring.windows_per_epoch):
-                    self.validate()
                 if self.due(self.config.run.save_every_steps):
                     self.save()
-                if self.finished:
-                    break
         self.close()
 
     @property
@@ -121,7 +120,7 @@ class Trainer:
         expected, _ = self.ring.place(self.step, self.first, self.last)
         self.clock.reset(self.ring.targets_before(self.step))
         try:
-            while self.step < self.total_steps:
+            while not self.finished:
                 asked = time.perf_counter()
                 batch = next(source)
                 self.clock.waited += time.perf_counter() - asked
@@ -216,6 +215,7 @@ class Trainer:
             if self.metrics:
                 figures = {"step": self.step, "tokens": self.ring.targets_before(self.step), "best": best}
                 self.metrics.write("valid", {**figures, **evaluation.to_dict()})
+                self.metrics.draw(every_seconds=30)
                 self.sample()
         if best:
             self.save(best=True)
@@ -243,7 +243,7 @@ class Trainer:
                 "stream": self.train_stream.manifest.digest,
                 "tokenizer": self.tokenizer.digest,
                 "processes": self.processes,
-                "versions": versions(),
+                "versions": versions(self.device),
             }
             parts: dict[str, dict[str, torch.Tensor]] = {
                 "model": dict(self.raw.named_parameters()),
@@ -253,31 +253,28 @@ class Trainer:
             prefix = "best" if best else "step"
             root = self.directory / "checkpoints"
             try:
-                checkpoint.save(root, f"{prefix}-{self.step:08d}", parts, state)
-                checkpoint.prune(root, prefix, 1 if best else self.config.run.keep_last)
+                self.metrics.sync()
+                written = checkpoint.save(root, f"{prefix}-{self.step:08d}", parts, state)
+                self.saved_step = self.saved_step if best else self.step
+                checkpoint.prune(written, prefix, 1 if best else self.config.run.keep_last)
             except (OSError, UserError) as error:
                 self.metrics.say(f"warning: step {self.step}: no checkpoint ({error}); training goes on")
 
     def resume(self) -> None:
         """Take over the run's directory, and its newest whole checkpoint if there is one."""
-        path = self.from_main(self._claim)
+        path = from_main(self.accelerator, self._claim)
         if path is None:
             return
         found = checkpoint.load(Path(path))
-        state = found.state
-        for key, mine in (("stream", self.train_stream.manifest.digest), ("tokenizer", self.tokenizer.digest)):
-            if state[key] != mine:
-                raise UserError(
-                    f"run.directory={self.directory}: trained on another {key} ({state[key][:12]}, now {mine[:12]}); "
-                    "give it its own again, or choose another run.directory"
-                )
-        if state["versions"] != versions() and self.accelerator.is_main_process:
-            print(f"warning: saved under {state['versions']}, now {versions()}: bits may differ", file=sys.stderr)
+        state, now = found.state, versions(self.device)
+        if state["versions"] != now and self.accelerator.is_main_process:
+            print(f"warning: saved under {state['versions']}, now {now}: bits may differ", file=sys.stderr)
         checkpoint.copy_tensors(dict(self.raw.named_parameters()), found.tensors("model"), found.path)
         load_optimizer_tensors(self.raw, self.raw_optimizer, found.tensors("optimizer"))
         own = {name: state[self.first : self.last] for name, state in found.tensors("hidden").items()}
         checkpoint.copy_tensors(self.hidden, own, found.path)
         self.step, self.horizon = state["step"], state["horizon_steps"]
+        self.saved_step = self.step
         self.memory = ValidationMemory(**state["memory"])
         if self.accelerator.is_main_process:  # one process carries what was summed over all
             self.interval.restore(state["interval"])
@@ -292,6 +289,20 @@ class Trainer:
                 f"run.directory={self.directory}: holds a run of another configuration ({'; '.join(fields)}); "
                 "choose another run.directory, or give these fields the values they have there"
             )
+        root = self.directory / "checkpoints"
+        found, damaged = checkpoint.newest(root, "step")
+        mine = {"stream": self.train_stream.manifest.digest, "tokenizer": self.tokenizer.digest}
+        for key, digest in mine.items() if found else ():
+            assert found
+            if found.state[key] != digest:
+                raise UserError(
+                    f"run.directory={self.directory}: trained on another {key} ({found.state[key][:12]}, now "
+                    f"{digest[:12]}); give it its own again, or choose another run.directory"
+                )
+        for error in damaged:
+            print(f"warning: {error}; set aside, going on from an older one", file=sys.stderr, flush=True)
+        if found:
+            checkpoint.set_aside(root, "step", found)
         self.directory.mkdir(parents=True, exist_ok=True)
         for name, data in (
             ("tokenizer.model", self.tokenizer.model),
@@ -299,22 +310,7 @@ class Trainer:
         ):
             write_durably(self.directory / f"{name}.partial", data)
             (self.directory / f"{name}.partial").replace(self.directory / name)
-        found = checkpoint.newest(self.directory / "checkpoints", "step")
-        return None if found is None else str(found.path)
-
-    def from_main(self, function: Callable[[], T]) -> T:
-        """What the main process makes of `function`, in every process; its mistake is everyone's."""
-        box: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                box[0] = function()
-            except UserError as error:
-                box[1] = str(error)
-        broadcast_object_list(box)
-        if box[1] is not None:
-            raise UserError(box[1])
-        result: T = box[0]
-        return result
+        return str(found.path) if found else None
 
     def open_metrics(self) -> None:
         """Tell what starts here, and with which processes."""
@@ -323,6 +319,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         self.metrics = Metrics(self.directory, self.config.run, self.step, self.total_steps)
+        if self.finished:
+            return
         counts = self.raw.parameter_counts()
         self.metrics.say(
             f"{self.directory}: {self.train_stream.tokens:,} tokens, {self.ring.windows_per_epoch:,} steps an epoch; "
@@ -333,26 +331,46 @@ class Trainer:
             self.metrics.say(f"going on from step {self.step} of {self.total_steps}")
         record = {"step": self.step, "total_steps": self.total_steps, "processes": self.processes, "ranks": ranks}
         figures = {"device": self.device.type, "threads": torch.get_num_threads(), "parameters": counts}
-        self.metrics.write("start", {**record, **figures, "versions": versions()})
+        self.metrics.write("start", {**record, **figures, "versions": versions(self.device)})
 
     def close(self) -> None:
-        """Finish the reports and say where everything is."""
+        """Finish the reports, say where everything is, and leave the other processes in order.
+
+        Raises:
+            UserError: the last checkpoint could not be written.
+        """
         if self.metrics:
             self.metrics.close()
             self.say_finished()
-        self.accelerator.end_training()
+        del self.model, self.optimizer
+        end(self.accelerator)
+        if self.metrics and self.saved_step < self.step:
+            raise UserError(
+                f"{self.directory}: the last checkpoint is of step {self.saved_step}, not {self.step}; "
+                "make room on the disk and type the same command again"
+            )
+
+    def _settle(self) -> None:
+        """Let DDP lay out its buckets, which it does after the first backward pass, before the first step.
+
+        Otherwise the first step of every life would sum its gradients in another order than the same step of an
+        uninterrupted run; from three processes on the bits would differ.
+        """
+        zero = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
+        loss, _, _ = self.model(zero, self.raw.zero_hidden(1), zero, torch.tensor(0, device=self.device), self.rows[:1])
+        loss.backward()
+        self.raw_optimizer.zero_grad()
 
     def say_finished(self) -> None:
         """One paragraph for the person at the console."""
-        if not self.accelerator.is_main_process:
-            return
         best = self.memory.best_loss
         valid = "" if best is None else f", best validation loss {best:.4f} at step {self.memory.best_step}"
-        why = "finished" if self.step >= self.total_steps else "stopped early"
+        early = self.step < self.total_steps
+        longer = "optim.early_stop_patience" if early else "train.epochs or train.max_steps"
         print(
-            f"{self.directory}: {why} at step {self.step} of {self.total_steps}{valid}\n"
-            f"  curves.png, metrics.jsonl, samples.md and checkpoints/ are there; to train longer, raise train.epochs "
-            f"or train.max_steps"
+            f"{self.directory}: {'stopped early' if early else 'finished'} at step {self.step} of {self.total_steps}"
+            f"{valid}\n  curves.png, metrics.jsonl, samples.md and checkpoints/ are there; "
+            f"to train longer, raise {longer}"
         )
 
     def _share(self) -> tuple[int, int]:
@@ -364,6 +382,30 @@ class Trainer:
                 f"train.accumulation={self.config.train.accumulation}; use {nearest(size, each)}"
             )
         return self.process * size // self.processes, (self.process + 1) * size // self.processes
+
+
+def from_main(accelerator: accelerate.Accelerator, function: Callable[[], T]) -> T:
+    """What the main process makes of `function`, in every process; its mistake is everyone's."""
+    box: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            box[0] = function()
+        except (UserError, OSError) as error:
+            box[1] = str(error)
+    broadcast_object_list(box)
+    if box[1] is not None:
+        end(accelerator)
+        raise UserError(box[1])
+    result: T = box[0]
+    return result
+
+
+def end(accelerator: accelerate.Accelerator) -> None:
+    """Leave together, with nothing that still holds the process group: its threads outlive Python otherwise."""
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()
 
 
 def open_streams(config: Config) -> tuple[TokenStream, TokenStream | None]:
@@ -378,6 +420,12 @@ def open_streams(config: Config) -> tuple[TokenStream, TokenStream | None]:
     train = TokenStream(Path(config.stream.directory) / "train")
     place = Path(config.stream.directory) / config.eval.split
     valid = TokenStream(place) if place.exists() else None
+    needed = config.optim.schedule == "plateau" or config.optim.early_stop_patience or config.eval.split != "valid"
+    if valid is None and needed:
+        raise UserError(
+            f"{place}: no stream there, but plateau, early stopping or eval.split={config.eval.split} needs it; "
+            "build it with tools/build_stream.py"
+        )
     if valid and valid.manifest.tokenizer != train.manifest.tokenizer:
         raise UserError(f"{place}: built with another tokenizer than {train.directory}; build both with the same")
     for stream in (train, valid) if config.stream.verify else ():
@@ -425,6 +473,7 @@ def start_accelerator(config: Config) -> accelerate.Accelerator:
         mixed_precision=PRECISIONS[train.precision],
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    accelerator.gradient_accumulation_steps = 1  # whatever the environment says: a step scales its own loss
     launched = int(environment.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(
@@ -454,8 +503,10 @@ def evaluate_run(config: Config) -> Evaluation:
     Raises:
         UserError: no run, no stream, or a stream of another tokenizer.
     """
-    accelerator = start_accelerator(config)
-    model, tokenizer, _ = checkpoint.load_model(config, accelerator.device)
+    exact = dataclasses.replace(config.train, precision="fp32", tf32=False)
+    accelerator = start_accelerator(dataclasses.replace(config, train=exact))
+    path = from_main(accelerator, lambda: str(checkpoint.choose(config)))
+    model, tokenizer, _ = checkpoint.load_model(config, Path(path), accelerator.device)
     stream = TokenStream(Path(config.stream.directory) / config.eval.split)
     if stream.manifest.tokenizer != tokenizer.digest:
         raise UserError(
@@ -470,10 +521,11 @@ def evaluate_run(config: Config) -> Evaluation:
         accelerator.num_processes,
         lambda sums: accelerator.reduce(sums, "sum"),
     )
-    accelerator.end_training()
+    end(accelerator)
     return result
 
 
-def versions() -> dict[str, str]:
+def versions(device: torch.device) -> dict[str, str]:
     """What the bits of a result may depend on besides the configuration."""
-    return {"rnnlm": rnnlm.__version__, "torch": torch.__version__, "machine": platform.machine()}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
+    return {"rnnlm": rnnlm.__version__, "torch": torch.__version__, "machine": platform.machine(), "device": name}

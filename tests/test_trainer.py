@@ -54,10 +54,12 @@ def uninterrupted(whole: dict[int, Path], run_door: Door, experiment: Path, proc
     return whole[processes]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, 2, 3])
 def test_fault_01_killed_after_step_10_of_20_goes_on_bit_for_bit(
     whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path, streams: Path, processes: int
 ) -> None:
+    if processes == 3:  # from three on, the order in which DDP sums gradients shows
+        experiment.write_text(experiment.read_text().replace('"global_batch_size": 16', '"global_batch_size": 15'))
     expected = uninterrupted(whole, run_door, experiment, processes, tmp_path)
     windows = Ring(len(TokenStream(streams / "train")), 16, 48).windows_per_epoch
     assert 10 < windows < 20, "an epoch ends between the checkpoint and the end"

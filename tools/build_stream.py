@@ -8,6 +8,9 @@ Needs the tokenizer that tools/train_tokenizer.py wrote. Streams appear under th
 the same command again says that they are there.
 """
 
+import itertools
+import sys
+
 from rnnlm.config import read_config, run_door
 
 
@@ -20,7 +23,7 @@ def main() -> None:
     build = Build(config, Tokenizer.load(tokenizer_path(config)))
     if len(build.finished()) == len(build.splits):
         print("already built:")
-    with progress_bar(config, "building") as progress:
+    with progress_bar(itertools.chain(*build.inputs.values()), "building") as progress:
         manifests = build.run(progress)
     for split, manifest in manifests.items():
         counts = ", ".join(f"{count:,} {reason}" for reason, count in manifest.records.items())
@@ -28,6 +31,9 @@ def main() -> None:
             f"{build.directory(split)}: {manifest.tokens:,} tokens, {manifest.text_bytes / manifest.tokens:.3f} bytes "
             f"per token, {len(manifest.shards)} shard(s); records: {counts}"
         )
+        if manifest.unknown_tokens:
+            lost = f"warning: {manifest.unknown_tokens:,} tokens are unknown to the tokenizer, their text is lost"
+            print(f"{lost}; tools/train_tokenizer.py makes one that knows every text", file=sys.stderr)
 
 
 if __name__ == "__main__":

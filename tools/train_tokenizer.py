@@ -16,6 +16,7 @@ def main() -> None:
     """Read the configuration, train on a sample, write the model under its final name last."""
     config = read_config(("corpus", "tokenizer", "stream"), __doc__)
     from rnnlm.build import progress_bar, tokenizer_path
+    from rnnlm.corpus import sources
     from rnnlm.tokenizer import Tokenizer, train_on_corpus
 
     path = Path(tokenizer_path(config))
@@ -24,7 +25,7 @@ def main() -> None:
         return
     if not config.corpus.train:
         raise UserError("corpus.train is not set; give text files, as in --corpus.train=my.txt")
-    with progress_bar(config, "reading") as progress:
+    with progress_bar(sources(config.corpus.train, "corpus.train"), "reading") as progress:
         tokenizer, figures = train_on_corpus(config, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
