@@ -382,14 +382,23 @@ def _split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, rest
 
 
+def identity(config: Config) -> dict[str, dict[str, Any]]:
+    """The fields of the training sections that must stay the same over all lives of a run."""
+    kinds, values = field_kinds(), dataclasses.asdict(config)
+    return {
+        section: {name: value for name, value in values[section].items() if not kinds[f"{section}.{name}"]}
+        for section in ("model", "optim", "train")
+    }
+
+
 def differing(config: Config, recorded: dict[str, dict[str, Any]]) -> list[str]:
     """Fields of a run's identity that differ from its record, as `section.key is 1 there, 2 now`."""
-    kinds, found = field_kinds(), []
-    for key, value in config.flat().items():
-        section, name = key.split(".")
-        if section in recorded and not kinds[key] and recorded[section].get(name, value) != value:
-            found.append(f"{key} is {recorded[section][name]} there, {value} now")
-    return found
+    return [
+        f"{section}.{name} is {recorded[section][name]} there, {value} now"
+        for section, fields in identity(config).items()
+        for name, value in fields.items()
+        if recorded.get(section, {}).get(name, value) != value
+    ]
 
 
 def _recorded(arguments: Sequence[str]) -> str:

@@ -77,7 +77,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if wanted:
                     # in place: the logits become softmax - one-hot, zero for masked tokens
                     slope = logits.sub_(normaliser).exp_()
-                    slope.scatter_add_(1, ids.clamp(min=0)[:, None], slope.new_full((len(ids), 1), -1.0))
+                    column = ids.clamp(min=0)[:, None]  # one a row: no adding scatter, which GPUs do in any order
+                    slope.scatter_(1, column, slope.gather(1, column) - 1)
                     slope.masked_fill_((ids < 0)[:, None], 0.0)
                     _accumulate(grads, start, slope, part, matrix)
         ctx.save_for_backward(*grads)

@@ -269,6 +269,7 @@ def _start_wandb(directory: Path, config: RunConfig) -> Any:
             mode=config.wandb,
             dir=str(directory),
             name=directory.name,
+            settings=wandb.Settings(init_timeout=60, login_timeout=30),  # seconds, after which training starts without
         )
         run.define_metric("*", step_metric="tokens")  # wandb's own step may not go back, a resumed run does
         return run

@@ -20,12 +20,14 @@ import hashlib
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from rnnlm.config import Config, UserError
 from rnnlm.stream import TokenStream
 
 Positions = npt.NDArray[np.int64]
@@ -154,3 +156,44 @@ def _ignore_signals(_: int) -> None:
     """A worker that died of the run's signal would take the step in progress with it; it ends with its parent."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def open_streams(config: Config) -> tuple[TokenStream, TokenStream | None]:
+    """The training and the validation stream; None where there is none.
+
+    Raises:
+        UserError: streams that are missing, damaged, or of different tokenizers.
+    """
+    for key, value in (("stream.directory", config.stream.directory), ("run.directory", config.run.directory)):
+        if not value:
+            raise UserError(f"{key} is not set; give it on the command line or in the file of --config")
+    train = TokenStream(Path(config.stream.directory) / "train")
+    place = Path(config.stream.directory) / config.eval.split
+    valid = TokenStream(place) if place.exists() else None
+    needed = config.optim.schedule == "plateau" or config.optim.early_stop_patience or config.eval.split != "valid"
+    if valid is None and needed:
+        raise UserError(
+            f"{place}: no stream there, but plateau, early stopping or eval.split={config.eval.split} needs it; "
+            "build it with tools/build_stream.py"
+        )
+    if valid and valid.manifest.tokenizer != train.manifest.tokenizer:
+        raise UserError(f"{place}: built with another tokenizer than {train.directory}; build both with the same")
+    for stream in (train, valid) if config.stream.verify else ():
+        for _ in stream.verify() if stream else ():
+            pass
+    return train, valid
+
+
+def open_ring(config: Config, stream: TokenStream) -> Ring:
+    """The arithmetic of the configured substreams.
+
+    Raises:
+        UserError: the stream is shorter than one window.
+    """
+    size, length = config.train.global_batch_size, config.train.seq_len
+    if stream.tokens < size * length:
+        raise UserError(
+            f"{stream.directory}: {stream.tokens} tokens, shorter than one window of train.global_batch_size={size} "
+            f"substreams times train.seq_len={length}; lower one of them, or give more text"
+        )
+    return Ring(stream.tokens, size, length, config.train.seed if config.train.rotate else None)

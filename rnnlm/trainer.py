@@ -33,6 +33,7 @@ from rnnlm.config import (
     as_list,
     differing,
     dump_yaml,
+    identity,
     load_yaml,
     nearest,
 )
@@ -48,7 +49,7 @@ from rnnlm.optim import (
     optimizer_tensors,
 )
 from rnnlm.stream import TokenStream, write_durably
-from rnnlm.substreams import Batch, Ring, SubstreamDataset, loader
+from rnnlm.substreams import Batch, SubstreamDataset, loader, open_ring, open_streams
 
 T = TypeVar("T")
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
@@ -66,7 +67,7 @@ class Trainer:
         self.directory = Path(config.run.directory)
         self.train_stream, self.valid_stream = open_streams(config)
         self.tokenizer = self.train_stream.tokenizer()
-        self.ring = ring(config, self.train_stream)
+        self.ring = open_ring(config, self.train_stream)
         self.accelerator = start_accelerator(config)
         self.device = self.accelerator.device
         self.processes, self.process = self.accelerator.num_processes, self.accelerator.process_index
@@ -138,17 +139,16 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> None:
         """Forward, backward, clip, update: one window of every substream of this process."""
-        config = self.config
         inputs, targets = batch.to(self.device)  # (B, T) each
         if self.ring.locate(self.step)[1] == 0:
             self.hidden = self.raw.zero_hidden(self.last - self.first)
-        step = torch.tensor(self.step, device=self.device)
+        step = torch.full((), self.step, device=self.device)  # int64, filled on the device: no copy to wait for
         after: list[Hidden] = []
-        slices = torch.arange(self.last - self.first).chunk(config.train.accumulation)  # of substreams, never of time
-        for index, part in enumerate(slices):
-            own = slice(int(part[0]), int(part[-1]) + 1)
+        size = (self.last - self.first) // self.config.train.accumulation
+        for start in range(0, self.last - self.first, size):  # micro-batches of substreams, never of time
+            own = slice(start, start + size)
             hidden = {name: state[own] for name, state in self.hidden.items()}
-            is_last = index == len(slices) - 1
+            is_last = own.stop == self.last - self.first
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 loss, count, hidden = self.model(inputs[own], hidden, targets[own], step, self.rows[own])
                 # DDP averages over processes: times their number it is a sum
@@ -242,6 +242,7 @@ class Trainer:
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
                 "stream": self.train_stream.manifest.digest,
                 "tokenizer": self.tokenizer.digest,
+                "configuration": identity(self.config),
                 "processes": self.processes,
                 "versions": versions(self.device),
             }
@@ -271,7 +272,7 @@ class Trainer:
             print(f"warning: saved under {state['versions']}, now {now}: bits may differ", file=sys.stderr)
         checkpoint.copy_tensors(dict(self.raw.named_parameters()), found.tensors("model"), found.path)
         load_optimizer_tensors(self.raw, self.raw_optimizer, found.tensors("optimizer"))
-        own = {name: state[self.first : self.last] for name, state in found.tensors("hidden").items()}
+        own = {name: rows[self.first : self.last] for name, rows in found.tensors("hidden").items()}
         checkpoint.copy_tensors(self.hidden, own, found.path)
         self.step, self.horizon = state["step"], state["horizon_steps"]
         self.saved_step = self.step
@@ -283,14 +284,16 @@ class Trainer:
 
     def _claim(self) -> str | None:
         """In the main process: check that the directory is this run's, record the configuration, find a checkpoint."""
-        record = self.directory / "config.yaml"
-        if record.exists() and (fields := differing(self.config, load_yaml(record))):
+        record, root = self.directory / "config.yaml", self.directory / "checkpoints"
+        fields = differing(self.config, load_yaml(record)) if record.exists() else []
+        found, damaged = checkpoint.newest(root, "step")
+        if found and not fields:  # the record may have been edited
+            fields = differing(self.config, found.state["configuration"])
+        if fields:
             raise UserError(
                 f"run.directory={self.directory}: holds a run of another configuration ({'; '.join(fields)}); "
                 "choose another run.directory, or give these fields the values they have there"
             )
-        root = self.directory / "checkpoints"
-        found, damaged = checkpoint.newest(root, "step")
         mine = {"stream": self.train_stream.manifest.digest, "tokenizer": self.tokenizer.digest}
         for key, digest in mine.items() if found else ():
             assert found
@@ -406,47 +409,6 @@ def end(accelerator: accelerate.Accelerator) -> None:
     accelerator.free_memory()
     gc.collect()
     accelerator.end_training()
-
-
-def open_streams(config: Config) -> tuple[TokenStream, TokenStream | None]:
-    """The training and the validation stream; None where there is none.
-
-    Raises:
-        UserError: streams that are missing, damaged, or of different tokenizers.
-    """
-    for key, value in (("stream.directory", config.stream.directory), ("run.directory", config.run.directory)):
-        if not value:
-            raise UserError(f"{key} is not set; give it on the command line or in the file of --config")
-    train = TokenStream(Path(config.stream.directory) / "train")
-    place = Path(config.stream.directory) / config.eval.split
-    valid = TokenStream(place) if place.exists() else None
-    needed = config.optim.schedule == "plateau" or config.optim.early_stop_patience or config.eval.split != "valid"
-    if valid is None and needed:
-        raise UserError(
-            f"{place}: no stream there, but plateau, early stopping or eval.split={config.eval.split} needs it; "
-            "build it with tools/build_stream.py"
-        )
-    if valid and valid.manifest.tokenizer != train.manifest.tokenizer:
-        raise UserError(f"{place}: built with another tokenizer than {train.directory}; build both with the same")
-    for stream in (train, valid) if config.stream.verify else ():
-        for _ in stream.verify() if stream else ():
-            pass
-    return train, valid
-
-
-def ring(config: Config, stream: TokenStream) -> Ring:
-    """The arithmetic of the configured substreams.
-
-    Raises:
-        UserError: the stream is shorter than one window.
-    """
-    size, length = config.train.global_batch_size, config.train.seq_len
-    if stream.tokens < size * length:
-        raise UserError(
-            f"{stream.directory}: {stream.tokens} tokens, shorter than one window of train.global_batch_size={size} "
-            f"substreams times train.seq_len={length}; lower one of them, or give more text"
-        )
-    return Ring(stream.tokens, size, length, config.train.seed if config.train.rotate else None)
 
 
 def start_accelerator(config: Config) -> accelerate.Accelerator:

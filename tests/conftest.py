@@ -113,11 +113,13 @@ def command(script: str | Path, *arguments: str | Path, processes: int = 0) -> l
 def run_door(tmp_path: Path) -> Door:
     """Run a door to its end in a directory of its own; returns code, stdout and stderr."""
 
-    def run(script: str | Path, *arguments: str | Path, processes: int = 0) -> subprocess.CompletedProcess[str]:
+    def run(
+        script: str | Path, *arguments: str | Path, processes: int = 0, **extra: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command(script, *arguments, processes=processes),
             cwd=tmp_path,
-            env=environment(),
+            env=environment(**extra),
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,

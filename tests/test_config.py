@@ -82,6 +82,15 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
         read(f"--config={tmp_path}/a.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"), [("modle: {}", "modle.: no such key"), ("model: {layers: }", "model.layers: has no value")]
+)
+def test_empty_sections_and_values(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read(f"--config={tmp_path}/a.yaml")
+
+
 def test_nearest_sizes() -> None:
     assert [nearest(100, 8), nearest(3, 8)] == ["96 or 104", "8"]
 

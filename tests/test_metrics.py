@@ -41,7 +41,7 @@ def test_interval_sums_do_not_depend_on_order_or_grouping() -> None:
     assert IntervalLoss.mean(whole) == pytest.approx(exact, rel=1e-9)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_a_loss_that_is_not_finite_is_never_a_number(bad: float) -> None:
     interval = IntervalLoss(torch.device("cpu"))
     interval.add(torch.tensor(bad), torch.tensor(3))
@@ -103,3 +103,15 @@ def test_wandb_offline_keeps_one_run_over_lives(tmp_path: Path, monkeypatch: pyt
         metrics.close()
     assert ids == [(tmp_path / "wandb-id").read_text()] * 2
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+
+
+def test_lines_are_json_whatever_the_numbers(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, RunConfig(), 0, 10)
+    metrics.write("valid", {**line(5, "valid"), "loss": float("inf"), "token_perplexity": float("inf")})
+    metrics.close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    found = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert found["loss"] is None

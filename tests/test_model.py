@@ -113,3 +113,14 @@ def test_weights_start_alike_whatever_the_global_generator() -> None:
 def test_nothing_is_a_buffer(tied: bool) -> None:
     """DDP would overwrite every rank's buffers with rank 0's at each forward."""
     assert not list(model_of(tied=tied).buffers())
+
+
+def test_weights_start_alike_whatever_the_number_of_threads() -> None:
+    threads, made = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        made.append(RecurrentLM(ModelConfig(embedding_size=64, hidden_size=256, layers=1), V, seed=1))
+        assert torch.get_num_threads() == count
+    torch.set_num_threads(threads)
+    for other in made[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(made[0].parameters(), other.parameters(), strict=True))

@@ -140,3 +140,23 @@ def test_a_manifest_cannot_lead_out_of_its_directory(streams: Path, tmp_path: Pa
     (broken / "stream.json").write_text(manifest.to_json())
     with pytest.raises(StreamError, match="outside the directory"):
         TokenStream(broken)
+
+
+def test_many_shards_are_mapped_a_few_at_a_time(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rnnlm.stream.MAPPED_SHARDS", 3)
+    tokens = np.arange(100) % 290 + 2
+    with StreamWriter(tmp_path / "s", tokenizer, shard_tokens=7) as writer:
+        writer.append(tokens, np.array([[100, 5, 2]]))
+        writer.commit({"read": 1, "kept": 1}, {})
+    stream = TokenStream(tmp_path / "s")
+    assert len(stream.manifest.shards) == 15
+    assert stream.windows(np.array([0, 90]), 40).tolist() == [tokens[:40].tolist(), np.roll(tokens, -90)[:40].tolist()]
+    assert len(stream._maps) == 3
+
+
+def test_unknown_tokens_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with StreamWriter(tmp_path / "s", tokenizer, shard_tokens=7) as writer:
+        writer.append(np.array([5, tokenizer.unknown_id, tokenizer.unknown_id, 1]), np.array([[4, 5, 2]]))
+        assert writer.commit({"read": 1, "kept": 1}, {}).unknown_tokens == 2

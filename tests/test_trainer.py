@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Door, records, results
+from conftest import Door, make_text, records, results
 from safetensors.torch import load_file
 
 from rnnlm.stream import TokenStream
@@ -109,7 +110,9 @@ def test_accumulation_over_substreams_is_the_same_training(
     whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path
 ) -> None:
     one = uninterrupted(whole, run_door, experiment, 1, tmp_path)
-    done = run_door(TRAIN, f"--config={experiment}", "--train.accumulation=4", "--train.prefetch_workers=0")
+    options = ("--train.accumulation=4", "--train.prefetch_workers=0")
+    # what Accelerate would make of its own variable is a second division of the gradient
+    done = run_door(TRAIN, f"--config={experiment}", *options, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
     assert done.returncode == 0, done.stderr
     for mine, theirs in zip(records(tmp_path / "run", "train"), records(one, "train"), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
@@ -176,6 +179,12 @@ def test_a_damaged_checkpoint_costs_one_interval(
     data = bytearray(hidden.read_bytes())
     data[-1] ^= 1
     hidden.write_bytes(data)
+    for best in (run / "checkpoints").glob("best-*"):
+        (best / "model.safetensors").unlink()
+    scored = run_door("launch/eval.py", f"--run.directory={run}", processes=2)
+    assert scored.returncode == 0, scored.stderr
+    assert "every checkpoint is damaged" in scored.stderr, "of the best one there is only this"
+    assert (run / "checkpoints/step-00000020").is_dir(), "who only reads renames nothing"
     done = run_door(TRAIN, f"--config={experiment}")
     assert done.returncode == 0, done.stderr
     assert "hidden.safetensors: its contents differ" in done.stderr and "going on from step 10" in done.stderr
@@ -204,3 +213,33 @@ def test_plateau_early_stopping_cells_and_bf16_resume_to_the_bit(
         assert last["learning_rate"] < 40
     expected = "bfloat16" if "bf16" in option else "float32"
     assert last["ran_in"] == {"layer0": expected, "layer1": expected, "head": expected}
+
+
+def test_fault_20_another_stream_is_refused_before_anything_is_written(
+    whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted(whole, run_door, experiment, 1, tmp_path), run)
+    text = tmp_path / "other.txt"
+    text.write_text("\n".join(make_text(500, seed=3)), encoding="utf-8")
+    for script in ("tools/train_tokenizer.py", "tools/build_stream.py"):
+        options = (f"--corpus.train={text}", "--stream.directory=other", "--tokenizer.vocab_size=300")
+        assert run_door(script, *options).returncode == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done = run_door(TRAIN, f"--config={experiment}", "--stream.directory=other")
+    assert done.returncode == 2
+    assert re.search(
+        r"^error: run.directory=.*: trained on another stream \([0-9a-f]{12}, now [0-9a-f]{12}\)", done.stderr
+    )
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_plateau_without_a_validation_stream_is_refused(run_door: Door, experiment: Path, tmp_path: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    streams = Path(json.loads(experiment.read_text())["stream"]["directory"])
+    (tmp_path / "bare/train").symlink_to(streams / "train")
+    options = (f"--config={experiment}", "--stream.directory=bare", "--train.max_steps=1")
+    refused = run_door(TRAIN, *options, "--optim.schedule=plateau")
+    assert refused.returncode == 2
+    assert "bare/valid: no stream there, but plateau" in refused.stderr
+    assert run_door(TRAIN, *options).returncode == 0, "nothing else needs it"
