@@ -427,8 +427,6 @@ def read_config(
     Raises:
         UserError: naming every unknown key and every bad value at once.
     """
-    import jsonargparse  # not at the top: readers of a stream need no command line
-
     files, rest = _split_command_line(sys.argv[1:] if argv is None else argv)
     if of_run and not {"-h", "--help"} & set(rest):
         files.insert(0, _recorded(rest))
@@ -443,28 +441,32 @@ def read_config(
     if faults:
         raise UserError("; ".join(faults))
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Keeps the lines of the doors' docstrings."""
-
-    parser = jsonargparse.ArgumentParser(description=doc, exit_on_error=False, formatter_class=Formatter)
-    parser.add_argument("--config", action="config", help="YAML file of an experiment; may be given several times.")
-    for section in sections:
-        parser.add_class_arguments(type(getattr(Config(), section)), section)
     texts = [
         f"--config={json.dumps({name: content[name] for name in content if name in sections})}"
         for content in loaded.values()
     ]
-    try:
-        parsed = parser.instantiate(parser.parse_args(texts + rest))
-    except jsonargparse.ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from error
-    config = Config(**{section: parsed[section] for section in sections})
-    faults = config.faults()
-    if faults:
+    config = _parse(sections, doc, texts + rest)
+    if faults := config.faults():
         raise UserError("; ".join(faults))
     return config
+
+
+def _parse(sections: Sequence[str], doc: str | None, arguments: list[str]) -> Config:
+    import jsonargparse  # not at the top: readers of a stream need no command line
+
+    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Keeps the lines of the doors' docstrings."""
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(description=doc, exit_on_error=False, formatter_class=Formatter)
+    parser.add_argument("--config", action="config", help="YAML file of an experiment; may be given several times.")
+    for section in sections:
+        parser.add_class_arguments(type(getattr(Config(), section)), section)
+    try:
+        parsed = parser.instantiate(parser.parse_args(arguments))
+    except jsonargparse.ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from error
+    return Config(**{section: parsed[section] for section in sections})
 
 
 def run_door(main: Callable[[], int | None]) -> None:
