@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
 import math
 import os
@@ -470,17 +471,20 @@ def _parse(sections: Sequence[str], doc: str | None, arguments: list[str]) -> Co
 
 
 def run_door(main: Callable[[], int | None]) -> None:
-    """Run a door's main: a user's mistake is one line and exit code 2, Ctrl-C is one line and 130."""
+    """Run a door's main: a mistake of the user, a path or a disk is one line and code 2, Ctrl-C is one line and 130."""
     # Before torch loads OpenMP: threads that spin while they wait stop a run whose cores are not all its own.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = main()
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # one line, not one per process
+    except (UserError, OSError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if isinstance(error, OSError) and not error.filename and not full:
+            raise  # not a path that the user gave: a fault of ours, with its traceback
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line per machine, not one per process
             print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print("\ninterrupted; type the same command again to go on", file=sys.stderr)
         code = 130
     sys.stdout.flush()

@@ -142,7 +142,8 @@ class Metrics:
 
     def close(self) -> None:
         """Finish the bar, the curves and wandb."""
-        self._file.close()
+        with self.forgiven("metrics.jsonl"):
+            self._file.close()
         if self._bar:
             self._bar.close()
         self.draw()
@@ -173,7 +174,8 @@ def keep_lines(path: Path, step: int) -> None:
 def keep_samples(path: Path, step: int) -> None:
     """Drop the samples of steps after `step`."""
     if path.exists():
-        parts = re.split(r"(?m)^(?=## step \d+$)", path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8", errors="replace")  # a kill may have cut a character
+        parts = re.split(r"(?m)^(?=## step \d+$)", text)
         kept = [part for part in parts if not (found := re.match(r"## step (\d+)", part)) or int(found[1]) <= step]
         _replace(path, "".join(kept))
 

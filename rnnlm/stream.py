@@ -183,9 +183,9 @@ class StreamWriter:
         Raises:
             StreamError: a token outside the vocabulary (it is never wrapped into the dtype).
         """
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.tokenizer.vocab_size:
+        if len(outside := tokens[(tokens < 0) | (tokens >= self.tokenizer.vocab_size)]):
             raise StreamError(
-                f"{self.directory}: token {int(tokens.max())} is outside the vocabulary of {self.tokenizer.vocab_size}"
+                f"{self.directory}: token {outside[0]} is outside the vocabulary of {self.tokenizer.vocab_size}"
             )
         assert int(documents[:, 0].sum()) == len(tokens)
         self._documents.append(self._totals + np.cumsum(documents, axis=0))

@@ -59,6 +59,8 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     ]  # fmt: skip
     samples = tmp_path / "samples.md"
     samples.write_text("## step 5\n\none\n\n## step 10\n\ntwo\n\n## step 15\n\nthree\n\n")
+    with samples.open("ab") as file:
+        file.write("é".encode()[:1])  # killed inside a character
     keep_samples(samples, 10)
     assert samples.read_text() == "## step 5\n\none\n\n## step 10\n\ntwo\n\n"
 

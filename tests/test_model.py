@@ -37,7 +37,7 @@ def test_two_windows_with_carried_hidden_equal_one_long_window(cell: str) -> Non
     assert not torch.allclose(reset, second), "without the carried state the losses are others"
 
 
-def test_the_gradient_does_not_cross_the_window_edge() -> None:
+def test_the_gradient_does_not_cross_a_detached_window_edge() -> None:
     model = model_of()
     step, rows = torch.tensor(0), torch.arange(2)
     tokens = window(2, 11)

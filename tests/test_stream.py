@@ -43,7 +43,7 @@ def test_fault_28_a_token_outside_the_vocabulary_is_never_wrapped(
     tmp_path: Path, tokenizer: Tokenizer, token: int
 ) -> None:
     writer = StreamWriter(tmp_path / "s", tokenizer, shard_tokens=100)
-    with writer, pytest.raises(StreamError, match="outside the vocabulary of 300"):
+    with writer, pytest.raises(StreamError, match=f"token {token} is outside the vocabulary of 300"):
         writer.append(np.array([4, token, 1]), np.array([[3, 5, 2]]))
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rnnlm import substreams
+from rnnlm.config import Config, TrainConfig
 from rnnlm.stream import TokenStream
 from rnnlm.substreams import Ring, SubstreamDataset, loader
 
@@ -118,8 +119,9 @@ def test_positions_of_a_stream_beyond_64_bit_products() -> None:
     assert lengths.tolist() == [32, 32]
 
 
-def test_the_union_over_real_ranks(run_door, streams: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Two processes, two loader workers each: what they really read, written down by themselves."""
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_union_over_real_ranks(run_door, streams: Path, tmp_path: Path, workers: int) -> None:  # type: ignore[no-untyped-def]
+    """Two processes: what their loaders really gave them, written down by themselves."""
     script = tmp_path / "ranks.py"
     script.write_text(
         "import json, os, sys\n"
@@ -133,7 +135,8 @@ def test_the_union_over_real_ranks(run_door, streams: Path, tmp_path: Path) -> N
         "    ring = Ring(len(stream), 8, 32)\n"
         "    rows = (rank * 8 // ranks, (rank + 1) * 8 // ranks)\n"
         "    found = []\n"
-        "    for batch in loader(SubstreamDataset(stream, ring, *rows, 0, ring.windows_per_epoch), 2, False):\n"
+        "    for batch in loader(SubstreamDataset(stream, ring, *rows, 0, ring.windows_per_epoch), "
+        f"{workers}, False):\n"
         "        _, targets = batch.to(accelerator.device)\n"
         "        for start, length, row in zip(batch.positions.tolist(), batch.lengths.tolist(), targets.tolist()):\n"
         "            found += [[(start + 1 + i) % len(stream), row[i]] for i in range(length)]\n"
@@ -146,3 +149,9 @@ def test_the_union_over_real_ranks(run_door, streams: Path, tmp_path: Path) -> N
     assert len(shares[0]) + len(shares[1]) == len(stream)
     tokens = stream.windows(np.array([0]), len(stream))[0]
     assert sorted(shares[0] + shares[1]) == [[position, int(token)] for position, token in enumerate(tokens)]
+
+
+def test_rotation_is_an_option(train_stream: TokenStream) -> None:
+    for rotate, seed in ((True, 5), (False, None)):
+        config = Config(train=TrainConfig(rotate=rotate, seed=5, global_batch_size=4, seq_len=8))
+        assert substreams.open_ring(config, train_stream) == Ring(len(train_stream), 4, 8, seed)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import Door, make_text, records, results
 from safetensors.torch import load_file
 
+from rnnlm.config import ModelConfig
+from rnnlm.model import RecurrentLM
 from rnnlm.stream import TokenStream
 from rnnlm.substreams import Ring
 
@@ -62,7 +67,7 @@ def test_fault_01_killed_after_step_10_of_20_goes_on_bit_for_bit(
     if processes == 3:  # from three on, the order in which DDP sums gradients shows
         experiment.write_text(experiment.read_text().replace('"global_batch_size": 16', '"global_batch_size": 15'))
     expected = uninterrupted(whole, run_door, experiment, processes, tmp_path)
-    windows = Ring(len(TokenStream(streams / "train")), 16, 48).windows_per_epoch
+    windows = Ring(len(TokenStream(streams / "train")), 15 if processes == 3 else 16, 48).windows_per_epoch
     assert 10 < windows < 20, "an epoch ends between the checkpoint and the end"
     launched = 0 if processes == 1 else processes
     killed = run_door(FAULTY, "kill", "13", f"--config={experiment}", processes=launched)
@@ -208,7 +213,12 @@ def test_plateau_early_stopping_cells_and_bf16_resume_to_the_bit(
     run = tmp_path / "run"
     last = records(run, "train")[-1]
     ended = records(run, "valid")[-1]["step"]
+    assert ended < 20
+    assert f"stopped early at step {ended} of 20" in resumed.stdout
     assert_same_bits(run, tmp_path / "first", ended)
+    best = [line["step"] for line in records(run, "valid") if line["best"]]
+    assert best[-1] < ended
+    assert [path.name for path in (run / "checkpoints").glob("best-*")] == [f"best-{best[-1]:08d}"]
     if "plateau" in option:
         assert last["learning_rate"] < 40
     expected = "bfloat16" if "bf16" in option else "float32"
@@ -243,3 +253,93 @@ def test_plateau_without_a_validation_stream_is_refused(run_door: Door, experime
     assert refused.returncode == 2
     assert "bare/valid: no stream there, but plateau" in refused.stderr
     assert run_door(TRAIN, *options).returncode == 0, "nothing else needs it"
+
+
+def test_resumed_on_another_number_of_processes(
+    whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path
+) -> None:
+    one = uninterrupted(whole, run_door, experiment, 1, tmp_path)
+    run = tmp_path / "run"
+    shutil.copytree(one, run)
+    shutil.rmtree(run / "checkpoints/step-00000020")
+    done = run_door(TRAIN, f"--config={experiment}", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert [start["processes"] for start in records(run, "start")] == [1, 2]
+    for mine, theirs in zip(records(run, "train"), records(one, "train"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    (mine, _), (theirs, _) = final_state(run, 20), final_state(one, 20)
+    for name in ("hidden.layer0.h", "hidden.layer0.c", "hidden.layer1.h", "hidden.layer1.c"):
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def test_streams_are_verified_before_training_on_request(
+    run_door: Door, experiment: Path, streams: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(streams, broken)
+    shard = broken / "train/shard-00001.npy"
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.write_bytes(data)
+    options = (f"--config={experiment}", f"--stream.directory={broken}", "--stream.verify=true")
+    done = run_door(TRAIN, *options)
+    assert done.returncode == 2
+    assert "shard-00001.npy: its contents differ" in done.stderr
+
+
+def test_training_is_that_of_a_slow_obvious_loop(run_door: Door, streams: Path, tmp_path: Path) -> None:
+    """nn.LSTM, F.cross_entropy, Adam and a for loop, with every rule of the design written out once more."""
+    rows, window, steps, width, hidden_size = 4, 100, 60, 12, 16
+    done = run_door(
+        TRAIN, f"--stream.directory={streams}", f"--run.directory={tmp_path}/run", "--run.log_every_steps=1",
+        f"--train.global_batch_size={rows}", f"--train.seq_len={window}", f"--train.max_steps={steps}",
+        "--train.epochs=9", "--train.cpu_threads=1", f"--model.embedding_size={width}", "--optim.learning_rate=0.01",
+        f"--model.hidden_size={hidden_size}", "--model.layers=1", "--optim.schedule=cosine", "--optim.warmup_steps=5",
+        "--optim.horizon_steps=50", "--optim.clip_norm=0.1", f"--run.save_every_steps={steps}", "--train.seed=3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    stream = TokenStream(streams / "train")
+    tokens = torch.from_numpy(stream.windows(np.array([0]), len(stream))[0].astype(np.int64))
+    model = RecurrentLM(ModelConfig(embedding_size=width, hidden_size=hidden_size, layers=1), 300, seed=3)
+    lstm = torch.nn.LSTM(width, hidden_size)
+    for name, weight in model.layers[0].named_parameters():
+        getattr(lstm, f"{name}_l0").data.copy_(weight)
+    model.layers = torch.nn.ModuleList([lstm])
+    adam = torch.optim.Adam(model.parameters(), lr=0.0)
+    longest = -(-len(stream) // rows)
+    per_epoch = -(-longest // window)
+    assert steps > 2 * per_epoch, "two epochs end on the way"
+    clipped = 0
+    for step, line in zip(range(steps), records(tmp_path / "run", "train"), strict=True):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0:
+            state = (torch.zeros(1, rows, hidden_size), torch.zeros(1, rows, hidden_size))
+        inputs, targets = torch.zeros(rows, window, dtype=torch.int64), torch.full((rows, window), -1)
+        for row in range(rows):
+            begin, end = row * len(stream) // rows, (row + 1) * len(stream) // rows
+            for t in range(window):
+                position = begin + place * window + t + Ring(len(stream), rows, window, 3).offset(epoch)
+                inputs[row, t] = tokens[position % len(stream)]
+                if begin + place * window + t < end:
+                    targets[row, t] = tokens[(position + 1) % len(stream)]
+        out, state = lstm(model.embedding(inputs.t()), (state[0].detach(), state[1].detach()))
+        logits = model.head(out).transpose(0, 1)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+        adam.zero_grad()
+        (loss / (rows * window)).backward()
+        norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()  # type: ignore[union-attr]
+        clipped += int(norm > 0.1)
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= min(1.0, 0.1 / float(norm))
+        progress = min(1.0, (step - 5) / 45)
+        rate = 0.01 * (step + 1) / 5 if step < 5 else 0.01 * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+        adam.param_groups[0]["lr"] = rate
+        adam.step()
+        assert line["loss"] == pytest.approx(loss.item() / int((targets >= 0).sum()), rel=1e-4), step
+        assert line["gradient_norm"] == pytest.approx(float(norm), rel=1e-2)
+        assert line["learning_rate"] == pytest.approx(rate)
+    assert clipped > 10
+    trained, _ = final_state(tmp_path / "run", steps)
+    torch.testing.assert_close(trained["model.embedding.weight"], model.embedding.weight.detach(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(trained["model.layers.0.weight_hh"], lstm.weight_hh_l0.detach(), rtol=0, atol=1e-3)

@@ -37,7 +37,7 @@ def as_typed(line: str) -> list[str]:
     if words[0] == "accelerate":
         place = words.index(script)
         processes = [] if "--num_processes" in words else ["--num_processes", "2" if "one_node" in line else "1"]
-        words[place:place] = [*processes, "--main_process_port", "0"]
+        words[place:place] = processes
         words[:2] = ["-m", "accelerate.commands.launch"]
     else:
         words = words[1:]

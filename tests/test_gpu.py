@@ -1,0 +1,33 @@
+"""On a GPU, where there is one: `pytest -m gpu`. Precision that is real, and resume to the bit when deterministic."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Door, records
+from test_trainer import FAULTY, TRAIN, assert_same_bits
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU"),
+]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_resumed_to_the_bit_in_the_precision_asked_for(
+    run_door: Door, experiment: Path, tmp_path: Path, precision: str, dtype: str, cell: str
+) -> None:
+    options = [f"--config={experiment}", f"--train.precision={precision}", f"--model.cell={cell}"]
+    options += ["--train.deterministic=true", "--train.device=cuda"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    first = run_door(TRAIN, *options, f"--run.directory={tmp_path}/first", CUDA_VISIBLE_DEVICES=visible)
+    assert first.returncode == 0, first.stderr
+    assert run_door(FAULTY, "kill", "13", *options, CUDA_VISIBLE_DEVICES=visible).returncode == -9
+    resumed = run_door(TRAIN, *options, CUDA_VISIBLE_DEVICES=visible)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_bits(tmp_path / "run", tmp_path / "first")
+    assert records(tmp_path / "run", "train")[-1]["ran_in"] == {"layer0": dtype, "layer1": dtype, "head": dtype}
