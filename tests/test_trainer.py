@@ -203,7 +203,13 @@ def test_plateau_early_stopping_cells_and_bf16_resume_to_the_bit(
 ) -> None:
     """Evaluated every 2 steps with a learning rate that cannot help, so that plateaus happen."""
     options = [f"--config={experiment}", option, "--eval.every_steps=2", "--optim.clip_norm=0", "--run.keep_last=9"]
-    options += ["--optim.name=sgd", "--optim.momentum=0.9", "--optim.learning_rate=40", "--optim.early_stop_patience=7"]
+    options += [
+        "--optim.plateau_factor=0.9",
+        "--optim.name=sgd",
+        "--optim.momentum=0.9",
+        "--optim.learning_rate=40",
+        "--optim.early_stop_patience=7",
+    ]
     first = run_door(TRAIN, *options, f"--run.directory={tmp_path}/first")
     assert first.returncode == 0, first.stderr
     killed = run_door(FAULTY, "kill", "11", *options)
