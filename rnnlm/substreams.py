@@ -106,7 +106,7 @@ class Batch:
 
     def to(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """(inputs, targets), each (B, seq_len) int64 on the device, widened there; masked targets are -1."""
-        tokens = self.tokens.to(device, non_blocking=True).to(torch.int64)  # (B, T + 1): half the bytes travel
+        tokens = self.tokens.to(device, non_blocking=True).to(torch.int64)  # (B, T + 1): a quarter of the bytes travel
         lengths = self.lengths.to(device, non_blocking=True)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         place = torch.arange(targets.shape[1], device=device)
