@@ -472,8 +472,10 @@ def _parse(sections: Sequence[str], doc: str | None, arguments: list[str]) -> Co
 
 def run_door(main: Callable[[], int | None]) -> None:
     """Run a door's main: a mistake of the user, a path or a disk is one line and code 2, Ctrl-C is one line and 130."""
-    # Before torch loads OpenMP: threads that spin while they wait stop a run whose cores are not all its own.
+    # Before torch loads OpenMP: threads that spin while they wait all but stop a run whose cores are not all its own,
+    # threads that never spin wait for the scheduler at every step; a few hundred rounds cost neither.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "300")
     try:
         code = main()
     except (UserError, OSError) as error:
