@@ -62,9 +62,7 @@ class RecurrentLayer(nn.Module):
         """
         dtype = compute_dtype(self.weight_hh)
         weights = self._weights(dtype)
-        first = [
-            state.to(dtype)[None] for state in states
-        ]  # (1, B, H): what was computed in `dtype` comes back exactly
+        first = [state.to(dtype)[None] for state in states]  # (1, B, H); what `dtype` made comes back exactly
         # biases, layers, dropout, training (cuDNN keeps what the backward pass needs), bidirectional, batch first
         options = (True, 1, 0.0, torch.is_grad_enabled(), False, False)
         with torch.autocast(x.device.type, enabled=False):

@@ -18,7 +18,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,15 +74,10 @@ def save(root: Path, name: str, parts: Mapping[str, Tensors], state: Mapping[str
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        files = {"trainer.json": json.dumps(dict(state), indent=1).encode()}
         entries = {}
-        for part in [*parts, "trainer"]:
-            key = "trainer.json" if part == "trainer" else f"{part}.safetensors"
-            data = files.get(key) or to_safetensors(
-                {tensor: value.detach().cpu().contiguous() for tensor, value in parts[part].items()}
-            )
-            write_durably(partial / key, data)
-            entries[key] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for file, data in _files(parts, state):
+            write_durably(partial / file, data)
+            entries[file] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         write_durably(partial / "manifest.json", _spell({"format": FORMAT, "version": VERSION, "files": entries}))
         fsync_directory(partial)
         if final.exists():  # of a life of this run that died after it, and went on from an older one
@@ -95,6 +90,13 @@ def save(root: Path, name: str, parts: Mapping[str, Tensors], state: Mapping[str
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
+
+
+def _files(parts: Mapping[str, Tensors], state: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+    """(name, contents) of each file but the manifest, one in memory at a time."""
+    for part, tensors in parts.items():
+        yield f"{part}.safetensors", to_safetensors({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+    yield "trainer.json", json.dumps(dict(state), indent=1).encode()
 
 
 def load(path: Path) -> Checkpoint:

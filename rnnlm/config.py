@@ -31,7 +31,7 @@ class UserError(ValueError):
 
 
 def changeable(default: T) -> T:
-    """A field that may differ when a run is resumed; all others are part of the run's identity."""
+    """A field that may differ when a run is resumed; the others of model, optim and train are the run's identity."""
     result: T = field(default=default, metadata={"changeable": True})
     return result
 
@@ -384,7 +384,7 @@ def _split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def identity(config: Config) -> dict[str, dict[str, Any]]:
-    """The fields of the training sections that must stay the same over all lives of a run."""
+    """The fields that must stay the same over all lives of a run; the stream's digest stands for the stream's."""
     kinds, values = field_kinds(), dataclasses.asdict(config)
     return {
         section: {name: value for name, value in values[section].items() if not kinds[f"{section}.{name}"]}

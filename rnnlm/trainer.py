@@ -50,6 +50,7 @@ from rnnlm.optim import (
 )
 from rnnlm.stream import TokenStream, write_durably
 from rnnlm.substreams import Batch, SubstreamDataset, loader, open_ring, open_streams
+from rnnlm.tokenizer import Tokenizer
 
 T = TypeVar("T")
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
@@ -201,15 +202,7 @@ class Trainer:
         if self.valid_stream is None:
             return
         with self.clock.pause():
-            evaluation = evaluate(
-                self.raw,
-                self.valid_stream,
-                self.config.eval.batch_size,
-                self.config.eval.count_eos,
-                self.process,
-                self.processes,
-                lambda sums: self.accelerator.reduce(sums, "sum"),
-            )
+            evaluation = score(self.accelerator, self.raw, self.valid_stream, self.config)
             loss = float(broadcast(torch.tensor(evaluation.loss, dtype=torch.float64, device=self.device)))
             best = self.memory.update(loss, self.step, self.config.optim)
             if self.metrics:
@@ -465,16 +458,23 @@ def evaluate_run(config: Config) -> Evaluation:
     Raises:
         UserError: no run, no stream, or a stream of another tokenizer.
     """
-    exact = dataclasses.replace(config.train, precision="fp32", tf32=False)
-    accelerator = start_accelerator(dataclasses.replace(config, train=exact))
-    path = from_main(accelerator, lambda: str(checkpoint.choose(config)))
-    model, tokenizer, _ = checkpoint.load_model(config, Path(path), accelerator.device)
     stream = TokenStream(Path(config.stream.directory) / config.eval.split)
-    if stream.manifest.tokenizer != tokenizer.digest:
+    if stream.manifest.tokenizer != Tokenizer.load(Path(config.run.directory) / "tokenizer.model").digest:
         raise UserError(
             f"{stream.directory}: built with another tokenizer than the run's; build it with the run's tokenizer.model"
         )
-    result = evaluate(
+    exact = dataclasses.replace(config.train, precision="fp32", tf32=False)
+    accelerator = start_accelerator(dataclasses.replace(config, train=exact))
+    path = from_main(accelerator, lambda: str(checkpoint.choose(config)))
+    model, _, _ = checkpoint.load_model(config, Path(path), accelerator.device)
+    result = score(accelerator, model, stream, config)
+    end(accelerator)
+    return result
+
+
+def score(accelerator: accelerate.Accelerator, model: RecurrentLM, stream: TokenStream, config: Config) -> Evaluation:
+    """Evaluate on all processes, each with its share of the blocks; the result is everyone's."""
+    return evaluate(
         model,
         stream,
         config.eval.batch_size,
@@ -483,8 +483,6 @@ def evaluate_run(config: Config) -> Evaluation:
         accelerator.num_processes,
         lambda sums: accelerator.reduce(sums, "sum"),
     )
-    end(accelerator)
-    return result
 
 
 def versions(device: torch.device) -> dict[str, str]:
