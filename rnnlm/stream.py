@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rnnlm.config import UserError
-from rnnlm.tokenizer import Tokenizer
+from rnnlm.tokenizer import Tokenizer, token_dtype
 
 FORMAT = "rnnlm-stream"
 VERSION = 1
@@ -240,11 +240,6 @@ class StreamWriter:
             if file is not None:
                 file.abandon()
         shutil.rmtree(self.partial, ignore_errors=True)  # nothing is there after a commit
-
-
-def token_dtype(vocab_size: int) -> str:
-    """The smallest of uint16 and uint32 that holds every id, as a little-endian numpy name."""
-    return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
 class TokenStream:

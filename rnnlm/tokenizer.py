@@ -14,6 +14,7 @@ import io
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -66,10 +67,28 @@ class Tokenizer:
         ids: list[int] = self._processor.encode(text)
         return ids
 
-    def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """The ids of several texts, each followed by EOS, on all cores."""
-        ids: list[list[int]] = self._processor.encode(texts, add_eos=True)
+    def encode_each(self, texts: list[str], add_eos: bool = False) -> list[list[int]]:
+        """The ids of several texts, in this thread."""
+        ids: list[list[int]] = self._processor.encode(texts, add_eos=add_eos, num_threads=1)
         return ids
+
+    def normalize(self, text: str) -> str:
+        """What SentencePiece's rules make of a text before it is cut, spaces as U+2581."""
+        normalized: str = self._processor.normalize(text)
+        return normalized
+
+    def piece(self, token: int) -> str:
+        """The piece of an id as the model spells it: spaces as U+2581, bytes as <0x0A>."""
+        piece: str = self._processor.id_to_piece(token)
+        return piece
+
+    def proto(self) -> Any:
+        """The model itself, as SentencePiece's protocol buffer: pieces, trainer_spec, normalizer_spec."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto = sentencepiece_model_pb2.ModelProto()
+        proto.ParseFromString(self.model)
+        return proto
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; EOS and other control pieces vanish, broken UTF-8 becomes U+FFFD."""
@@ -83,7 +102,7 @@ class Tokenizer:
     def _piece_bytes(self, token: int) -> bytes:
         if self._processor.is_control(token):
             return b""
-        piece: str = self._processor.id_to_piece(token)
+        piece = self.piece(token)
         if self._processor.is_byte(token):
             return bytes([int(piece[3:5], 16)])  # <0x0A>
         if self._processor.is_unknown(token):
@@ -220,3 +239,8 @@ def _training_fault(message: str, vocab_size: int) -> str:
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return f"tokenizer.vocab_size={vocab_size}: too small; the bytes and characters alone need {found[1]}"
     return f"tokenizer: SentencePiece cannot train: {message}"
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The smallest of uint16 and uint32 that holds every id, as a little-endian numpy name."""
+    return "<u2" if vocab_size <= 2**16 else "<u4"

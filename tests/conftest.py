@@ -20,6 +20,7 @@ from rnnlm.stream import TokenStream
 from rnnlm.tokenizer import Tokenizer, train
 
 settings.register_profile("untimed", deadline=None)  # machines are noisy, and a slow one is not wrong
+settings.register_profile("long", deadline=None, max_examples=5000)  # pytest --hypothesis-profile=long
 settings.load_profile("untimed")
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,0 +1,774 @@
+"""Documents -> tokens, exactly as SentencePiece gives them, each distinct word encoded once.
+
+Under a BPE model with SentencePiece's default whitespace splitting no piece has a space behind another character, so
+no merge crosses from a word into the space before the next one, and the ids of a text are those of its words, one
+after the other. So the encoder cuts texts at white space, looks each word up in a table that fills itself, and asks
+SentencePiece for the words that are new, each in its context:
+
+    "The cat  sat"  ->  "The"  " cat"  " sat"  ->  table: seen / new  ->  encode("x cat y") without the ids of x and y
+
+Where that is not proven, the text is encoded whole: by model (`why_not`: unigram, pieces that span words, rules that
+touch white space), and by text, when a word's ids change with what follows it (a normalisation that leaves a space at
+its end, for example). The table is bounded; its contents never show in the result. The price: about 70 MiB, a second
+to compile the kernels where numba has not yet cached them, and no gain for scripts written without spaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from rnnlm.tokenizer import META, Tokenizer, token_dtype
+
+BATCH_BYTES = 2**17  # of text looked up at once: what is written then still lies in the cache when it is read
+TABLE_SLOTS = 2**21  # of 32 bytes, so that none lies in two cache lines
+MAX_WORDS = TABLE_SLOTS // 2  # held at once; beyond, the first quarter stays: the frequent ones come early
+KEY_BYTES = 2**24  # of text of those words
+INLINE_BYTES = 15  # words up to this are compared in two registers, longer ones by hash and then byte by byte
+MAX_SPELLED = 64  # bytes of a word that is spelt here; longer ones are SentencePiece's
+BLOCK = 512  # words found before they are looked up together, so that their cache misses overlap
+WHITE = (9, 10, 11, 12, 13, 32)  # a word may end at these, if the model makes spaces of them
+FIRST, LAST = 1, 2  # what a word's ids may depend on besides its bytes: it opens the text; it is spaces that end it
+
+Array = npt.NDArray[Any]
+U = np.uint64
+ONES, HIGHS = U(0x0101010101010101), U(0x8080808080808080)
+HASHED = U(0x80) << U(56)  # marks the keys of long words; kind and length of a short one stay below
+HIGH_BITS, LOW_BITS = U(0xFFFFFF) << U(40), (U(1) << U(40)) - U(1)
+
+
+class Speller(NamedTuple):
+    """A BPE model as arrays; pieces are numbered from 1."""
+
+    table: Array  # open addressing: the high 24 bits of a piece's hash, and its number
+    spellings: Array  # UTF-8 of all pieces
+    ends: Array  # where each ends; 0 for the piece 0 that is not
+    ids: Array
+    scores: Array
+    single: Array  # (128,) the piece of an ASCII character, or -1
+    double: Array  # (128, 128) that of two
+    byte_ids: Array  # (256,), or (0,) without byte fallback
+    ascii: Array  # (128,) what an ASCII character before another one becomes; 0: see the rules
+    units: Array  # normalisation rules: the trie's units, or none
+    targets: Array  # what they write, each ended by 0
+    dummy_prefix: bool
+
+
+@numba.njit(inline="always")
+def _load(data: Array, place: int) -> Any:
+    """Eight bytes, the first one lowest."""
+    word = U(0)
+    for shift in range(8):
+        word |= U(data[place + shift]) << U(8 * shift)
+    return word
+
+
+@numba.njit(inline="always")
+def _mix(value: Any) -> Any:
+    """A bijection that spreads every bit over the low ones."""
+    value ^= value >> U(32)
+    value *= U(0xD6E8FEB86659FD93)  # a 64-bit prime with about half its bits set, as the next two
+    return value ^ (value >> U(32))
+
+
+@numba.njit(inline="always")
+def _hash(low: Any, high: Any) -> Any:
+    return _mix((low * U(0x9E3779B97F4A7C15)) ^ (high * U(0xC2B2AE3D27D4EB4F)))
+
+
+@numba.njit(inline="always")
+def _before_low(word: Any) -> int:
+    """How many of eight bytes stand before the first that is at most 32; 8 if none is."""
+    low = (word - ONES * U(33)) & ~word & HIGHS  # the lowest flag is exact: no borrow comes from below it
+    below = ((low & (U(0) - low)) - U(1)) >> U(7)
+    return np.int64(((below & ONES) * ONES) >> U(56)) if low != U(0) else 8
+
+
+@numba.njit(inline="always")
+def _word_end(data: Array, place: int, end: int, white: Array) -> int:
+    """The first white byte from `place` on, or `end`."""
+    while place < end:
+        size = _before_low(_load(data, place))
+        place += size
+        if size < 8:
+            if place >= end or white[data[place]]:
+                break
+            place += 1
+    return min(place, end)
+
+
+@numba.njit(inline="always")
+def _key(data: Array, start: int, end: int, kind: int) -> tuple[Any, Any]:
+    """Two registers that stand for a word: its bytes if it is short, else a hash and its length."""
+    length = end - start
+    low = _load(data, start)
+    high = U(0)
+    if length < 8:
+        low &= (U(1) << U(8 * length)) - U(1)
+    elif length > 8:
+        high = _load(data, start + 8)
+        if length <= INLINE_BYTES:
+            high &= (U(1) << U(8 * (length - 8))) - U(1)
+    if length > INLINE_BYTES:
+        value = _mix(low ^ _mix(high + U(length)))
+        for place in range(start + 16, end, 8):
+            word = _load(data, place)
+            if end - place < 8:
+                word &= (U(1) << U(8 * (end - place))) - U(1)
+            value = _mix(value ^ word) + ONES
+        return value, HASHED | U(kind) << U(60) | U(length)
+    return low, high | U(kind << 4 | length) << U(56)
+
+
+@numba.njit(inline="always")
+def _same(data: Array, start: int, keys: Array, offset: int, length: int) -> bool:
+    for place in range(length):
+        if data[start + place] != keys[offset + place]:
+            return False
+    return True
+
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def _find(
+    data: Array, starts: Array, ends: Array, flags: int, white: Array, keep_runs: bool, marked: bool, table: Array,
+    keys: Array, key_ends: Array, kinds: Array, counts: Array, words: Array, found: Array, block: Array,
+) -> None:  # fmt: skip
+    """Write the entry of each word of each text to `words`, how many to `found`; new words become entries.
+
+    Args: data: texts, each followed by a space, and 24 more spaces; flags: FIRST | LAST, whether the texts open and
+    end their documents; keep_runs: a word begins with the spaces before it; marked: the first word is another key than
+    the same word later; counts: entries and bytes of keys, so far.
+    """
+    mask = U(len(table) - 1)
+    written = 0
+    for text in range(len(starts)):
+        place, end, begun = starts[text], ends[text], written
+        opens = (flags & FIRST) != 0
+        while place < end:
+            filled = 0
+            while filled < BLOCK:
+                run = place
+                while place < end and white[data[place]]:
+                    place += 1
+                if place >= end:
+                    if not keep_runs or run == end or (flags & LAST) == 0:
+                        break
+                start = run if keep_runs else place
+                kind = (FIRST if opens and marked else 0) | (LAST if place >= end else 0)
+                opens = False
+                word = _load(data, place)
+                size = _before_low(word)
+                length = place + size - start
+                if length < 8 and size < 8 and white[data[place + size]]:  # most words
+                    if keep_runs:
+                        word = _load(data, start)
+                    block[filled, 0] = word & ((U(1) << U(8 * length)) - U(1))
+                    block[filled, 1] = U(kind << 4 | length) << U(56)
+                    place += size
+                else:
+                    place = _word_end(data, place, end, white)
+                    block[filled, 0], block[filled, 1] = _key(data, start, place, kind)
+                block[filled, 2], block[filled, 3] = U(start), U(place)
+                filled += 1
+            for item in range(filled):  # no branch depends on another word here: the processor looks up many at once
+                slot = np.int64(_hash(block[item, 0], block[item, 1]) & mask)
+                hit = table[slot, 0] == block[item, 0] and table[slot, 1] == block[item, 1]
+                short = block[item, 1] < HASHED
+                words[written + item] = np.int32(table[slot, 2]) if hit and short else np.int32(-1)
+            for item in range(filled):
+                if words[written + item] >= 0:
+                    continue
+                low, high = block[item, 0], block[item, 1]
+                start, stop = np.int64(block[item, 2]), np.int64(block[item, 3])
+                slot = np.int64(_hash(low, high) & mask)
+                while table[slot, 1] != U(0):
+                    entry = np.int64(table[slot, 2])
+                    if table[slot, 0] == low and table[slot, 1] == high:
+                        offset = key_ends[entry - 1] if entry else 0
+                        if high < HASHED or _same(data, start, keys, offset, stop - start):
+                            break
+                    slot = (slot + 1) & np.int64(mask)
+                else:
+                    entry = counts[0]
+                    table[slot, 0], table[slot, 1], table[slot, 2] = low, high, U(entry)
+                    keys[counts[1] : counts[1] + stop - start] = data[start:stop]
+                    counts[0] += 1
+                    counts[1] += stop - start
+                    key_ends[entry] = counts[1]
+                    kinds[entry] = (high >> U(60)) & U(3)
+                words[written + item] = entry
+            written += filled
+            if filled < BLOCK:
+                break
+        found[text] = written - begun
+
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def _keep_first(table: Array, entries: int) -> None:
+    """Rebuild the table with its first entries alone, in place of all: linear probing allows no holes."""
+    kept = np.empty((entries, 3), np.uint64)
+    for slot in range(len(table)):
+        if table[slot, 1] != U(0) and table[slot, 2] < U(entries):
+            kept[table[slot, 2]] = table[slot, :3]
+    table[:] = U(0)
+    mask = U(len(table) - 1)
+    for entry in range(entries):
+        slot = np.int64(_hash(kept[entry, 0], kept[entry, 1]) & mask)
+        while table[slot, 1] != U(0):
+            slot = (slot + 1) & np.int64(mask)
+        table[slot, :3] = kept[entry]
+
+
+@numba.njit(inline="always")
+def _piece(text: Array, start: int, end: int, speller: Speller) -> int:
+    """The place in the speller of the piece text[start:end], or -1."""
+    low, high = _key(text, start, end, 0)
+    value = _hash(low, high)
+    mask = len(speller.table) - 1
+    slot = np.int64(value) & mask
+    while speller.table[slot] != U(0):
+        if ((speller.table[slot] ^ value) & HIGH_BITS) == U(0):
+            entry = np.int64(speller.table[slot] & LOW_BITS)
+            first = speller.ends[entry - 1]
+            if speller.ends[entry] - first == end - start and _same(text, start, speller.spellings, first, end - start):
+                return entry
+        slot = (slot + 1) & mask
+    return -1
+
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def _index(speller: Speller) -> None:
+    """Fill the table: the high bits of a piece's hash, and its place."""
+    mask = len(speller.table) - 1
+    for entry in range(1, len(speller.ends)):
+        low, high = _key(speller.spellings, speller.ends[entry - 1], speller.ends[entry], 0)
+        value = _hash(low, high)
+        slot = np.int64(value) & mask
+        while speller.table[slot] != U(0):
+            slot = (slot + 1) & mask
+        speller.table[slot] = (value & HIGH_BITS) | U(entry)
+
+
+@numba.njit(inline="always")
+def _normalized(word: Array, place: int, end: int, written: int, out: Array, speller: Speller) -> Any:
+    """Apply the longest rule at `place`, or copy one character; (next place, bytes in `out`)."""
+    units, targets = speller.units, speller.targets
+    longest = target = np.int64(0)
+    if len(units):
+        node = (units[0] >> 10) << ((units[0] & 0x200) >> 6)
+        for reach in range(place, end):
+            node ^= word[reach]
+            if node >= len(units) or (units[node] & 0x800000FF) != word[reach]:
+                break
+            leaf = (units[node] >> 8) & 1
+            node ^= (units[node] >> 10) << ((units[node] & 0x200) >> 6)
+            if leaf:
+                longest, target = reach + 1 - place, units[node] & 0x7FFFFFFF
+    if longest:
+        while targets[target] != 0:
+            out[written] = targets[target]
+            written += 1
+            target += 1
+        return place + longest, written
+    lead = word[place]
+    size = 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+    for step in range(size):
+        out[written + step] = word[place + step]
+    return place + size, written + size
+
+
+@numba.njit(inline="always")
+def _count_words(text: Array, start: int, end: int) -> int:
+    """len(text.split()) of str.split: between Unicode's white space; -1 if there is a NUL."""
+    count, inside, place = 0, False, start
+    while place < end:
+        byte, size, white = text[place], 1, False
+        if byte < 0x80:
+            white = byte == 32 or 9 <= byte <= 13 or 28 <= byte <= 31
+            if byte == 0:
+                return -1
+        elif byte < 0xE0:
+            size = 2
+            white = byte == 0xC2 and (text[place + 1] == 0x85 or text[place + 1] == 0xA0)
+        elif byte < 0xF0:
+            size = 3
+            second, third = text[place + 1], text[place + 2]
+            if byte == 0xE2 and second == 0x80:
+                white = third <= 0x8A or third == 0xA8 or third == 0xA9 or third == 0xAF
+            else:
+                white = (byte == 0xE1 and second == 0x9A and third == 0x80) or (
+                    (byte == 0xE2 and second == 0x81 and third == 0x9F)
+                    or (byte == 0xE3 and second == 0x80 and third == 0x80)
+                )
+        else:
+            size = 4
+        count += not white and not inside
+        inside = not white
+        place += size
+    return count
+
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def _spell(
+    keys: Array, key_ends: Array, kinds: Array, first: int, last: int, white: Array, speller: Speller,
+    entries: Array, ids: Array, used: int,
+) -> int:  # fmt: skip
+    """Encode the new entries that are plain: rules leave no white space in them, pieces are found by BPE's merges.
+
+    Of two adjacent symbols those whose piece has the highest score become one, the leftmost of equals first, until no
+    two make a piece (Sennrich et al. 2016, section 3.2; SentencePiece's bpe_model.cc). Others get the size -2.
+    """
+    text = np.zeros(8 * MAX_SPELLED, np.uint8)
+    begins = np.zeros(MAX_SPELLED + 1, np.int64)
+    piece = np.zeros(MAX_SPELLED + 1, np.int64)  # of each symbol
+    pair = np.zeros(MAX_SPELLED + 1, np.int64)  # of each symbol and the next
+    for entry in range(first, last):
+        start, end, kind = key_ends[entry - 1] if entry else 0, key_ends[entry], kinds[entry]
+        entries[entry, 1] = -2
+        if end - start > MAX_SPELLED or kind & LAST:
+            continue
+        spaces = 0
+        while start < end and white[keys[start]]:
+            start, spaces = start + 1, spaces + 1
+        if not kind & FIRST:
+            spaces = max(spaces, 1)
+        elif speller.dummy_prefix:
+            spaces += 1
+        count = _count_words(keys, start, end)
+        if count < 0 or spaces > 8:
+            continue
+        size = 0
+        for _ in range(spaces):
+            text[size], text[size + 1], text[size + 2] = 0xE2, 0x96, 0x81
+            size += 3
+        bare, place = size, start
+        while place < end and size <= 4 * MAX_SPELLED:
+            byte = keys[place]
+            if byte < 0x80 and speller.ascii[byte] and (place + 1 == end or keys[place + 1] < 0x80):
+                text[size] = speller.ascii[byte]
+                place, size = place + 1, size + 1
+            else:
+                place, size = _normalized(keys, place, end, size, text, speller)
+        if place < end or size == bare:
+            continue
+        count_symbols, plain, place = 0, True, 0
+        while place < size and count_symbols < MAX_SPELLED:
+            lead = text[place]
+            if place >= bare and (
+                lead == 32 or (lead == 0xE2 and text[place + 1] == 0x96 and text[place + 2] == 0x81)
+            ):
+                plain = False
+            begins[count_symbols] = place
+            place += 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+            piece[count_symbols] = speller.single[lead] if lead < 0x80 else _piece(text, begins[count_symbols], place, speller)
+            count_symbols += 1
+        if place != size or not plain:
+            continue
+        begins[count_symbols] = size
+        symbols = count_symbols
+        for item in range(symbols - 1):
+            first_byte, second_byte = text[begins[item]], text[begins[item + 1]]
+            if first_byte < 0x80 and second_byte < 0x80:
+                pair[item] = speller.double[first_byte, second_byte]
+            else:
+                pair[item] = _piece(text, begins[item], begins[item + 2], speller)
+        while True:
+            best, best_score = -1, np.float32(0)
+            for item in range(symbols - 1):
+                if pair[item] >= 0 and (best < 0 or speller.scores[pair[item]] > best_score):
+                    best, best_score = item, speller.scores[pair[item]]
+            if best < 0:
+                break
+            piece[best] = pair[best]
+            symbols -= 1
+            for item in range(best + 1, symbols):
+                begins[item], piece[item], pair[item] = begins[item + 1], piece[item + 1], pair[item + 1]
+            begins[symbols] = size
+            for item in range(max(best - 1, 0), min(best + 1, symbols - 1)):
+                pair[item] = _piece(text, begins[item], begins[item + 2], speller)
+        written = used
+        for item in range(symbols):
+            if piece[item] >= 0:
+                ids[written] = speller.ids[piece[item]]
+                written += 1
+            elif len(speller.byte_ids):
+                for place in range(begins[item], begins[item + 1]):
+                    ids[written] = speller.byte_ids[text[place]]
+                    written += 1
+            else:
+                written = -1
+                break
+        if written < 0:
+            continue
+        entries[entry, 0], entries[entry, 1], entries[entry, 2] = used, written - used, count
+        used = written
+    return used
+
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def _expand(
+    words: Array, found: Array, entries: Array, ids: Array, eos: int, out: Array, tokens: Array, counted: Array
+) -> int:  # fmt: skip
+    """Write the ids of all words, and EOS behind each text if >= 0; per text how many ids, and words of str.split.
+
+    A text with an entry whose ids depend on what follows it gets -1 tokens, and no ids.
+    """
+    place = written = 0
+    for text in range(len(found)):
+        begun, total = written, 0
+        for word in words[place : place + found[text]]:
+            first, size = entries[word, 0], entries[word, 1]
+            if size < 0:
+                written, total = begun, 0
+                break
+            for step in range(4):  # four always, more if need be: the usual word then costs no branch
+                out[written + step] = ids[first + step]
+            for step in range(4, size):
+                out[written + step] = ids[first + step]
+            written += size
+            total += entries[word, 2]
+        else:
+            if eos >= 0:
+                out[written] = eos
+                written += 1
+            tokens[text], counted[text] = written - begun, total
+            place += found[text]
+            continue
+        tokens[text], counted[text] = -1, 0
+        place += found[text]
+    return written
+
+
+def why_not(tokenizer: Tokenizer) -> str:
+    """Why texts must be encoded whole under this model; empty where a text's ids are those of its words."""
+    model = tokenizer.proto()
+    kind = model.trainer_spec.ModelType.Name(model.trainer_spec.model_type).lower()
+    if kind not in ("bpe", "char"):
+        return f"a {kind} model weighs a text as a whole"
+    if model.trainer_spec.treat_whitespace_as_suffix or not model.normalizer_spec.escape_whitespaces:
+        return "the model does not write white space before words"
+    pieces = {piece.piece for piece in model.pieces if piece.type in (piece.NORMAL, piece.USER_DEFINED, piece.UNUSED)}
+    if META not in pieces:
+        return "the model has no piece for a space"
+    for piece in pieces:
+        if META in piece.lstrip(META) or any(chr(byte) in piece for byte in WHITE):
+            return f"the piece {piece!r} reaches over white space"
+    if any(set(found) & set(WHITE) for found in _rule_bytes(model.normalizer_spec.precompiled_charsmap)):
+        return "a normalisation rule reaches over white space"
+    return ""
+
+
+def _rule_bytes(rules: bytes) -> tuple[list[int], list[int]]:
+    """Of all normalisation rules for two bytes or more: their first bytes, and their other bytes.
+
+    The rules are a trie as a double array (Darts-clone): a uint32 of its size, then units of a label in the low eight
+    bits and an offset in the high 22, shifted by 8 more if bit 9 is set; the child by byte c of the node at base b is
+    unit b ^ c, if its label is c, and its own base is its index ^ its offset.
+    """
+    if not rules:
+        return [], []
+    units = np.frombuffer(rules, "<u4", int.from_bytes(rules[:4], "little") // 4, offset=4).astype(np.int64)
+    bases = np.arange(len(units)) ^ ((units >> 10) << ((units & 0x200) >> 6))
+    labels = np.arange(1, 256)
+    firsts, others = np.zeros(256, bool), np.zeros(256, bool)
+    seen, waiting = np.zeros(len(units), bool), [0]
+    while waiting:
+        nodes, waiting = np.array(waiting[:1024]), waiting[1024:]
+        children = bases[nodes][:, None] ^ labels
+        real = children < len(units)
+        children[~real] = 0
+        real &= (units[children] & 0x800000FF) == labels
+        if nodes[0]:
+            others[labels[real.any(0)]] = True
+        else:
+            roots = children[0, real[0]]
+        found = np.unique(children[real])
+        found = found[~seen[found]]
+        seen[found] = True
+        waiting += found.tolist()
+    for root in roots:
+        children = bases[root] ^ labels
+        inside = children < len(units)
+        firsts[units[root] & 0xFF] = ((units[children[inside]] & 0x800000FF) == labels[inside]).any()
+    return np.flatnonzero(firsts).tolist(), np.flatnonzero(others).tolist()
+
+
+def _alone(tokenizer: Tokenizer, character: str) -> int:
+    """The ASCII character that the rules make of one between two others; 0 where that is not so simple."""
+    found, plain = tokenizer.normalize(f"x{character}x"), tokenizer.normalize("xx")
+    simple = plain[-2:] == "xx" and found == f"{plain[:-1]}{found[-2:-1]}x" and "!" <= found[-2] <= "~"
+    return ord(found[-2]) if simple else 0
+
+
+def _speller(tokenizer: Tokenizer) -> Speller | None:
+    """The model as arrays; None where only SentencePiece knows its rules: user-defined symbols, characters."""
+    model = tokenizer.proto()
+    plain = model.SentencePiece.NORMAL
+    special = [piece for piece in model.pieces if piece.type != plain]
+    bytewise = {piece.piece: token for token, piece in enumerate(model.pieces) if piece.type == piece.BYTE}
+    if model.trainer_spec.model_type != model.trainer_spec.BPE or any(
+        piece.type in (piece.USER_DEFINED, piece.UNUSED) or len(piece.piece) < 2 for piece in special
+    ):
+        return None
+    ids = [token for token, piece in enumerate(model.pieces) if piece.type == plain]
+    spellings = [model.pieces[token].piece.encode() for token in ids]
+    single, double = np.full(128, -1), np.full((128, 128), -1)
+    for number, spelling in enumerate(spellings, 1):
+        if spelling.isascii() and len(spelling) <= 2:
+            (single if len(spelling) == 1 else double)[tuple(spelling)] = number
+    rules = model.normalizer_spec.precompiled_charsmap
+    size = int.from_bytes(rules[:4], "little")
+    pairs = any(byte < 128 for byte in _rule_bytes(rules)[1])  # a rule for two ASCII characters: none is alone
+    ascii = [0 if pairs else _alone(tokenizer, chr(byte)) for byte in range(128)]
+    speller = Speller(
+        table=np.zeros(1 << (2 * len(ids)).bit_length(), np.uint64),
+        spellings=np.frombuffer(b"".join(spellings) + bytes(24), np.uint8),
+        ends=np.cumsum([0, *map(len, spellings)]),
+        ids=np.array([0, *ids]),
+        scores=np.array([0, *(model.pieces[token].score for token in ids)], np.float32),
+        single=single,
+        double=double,
+        byte_ids=np.array([bytewise[f"<0x{byte:02X}>"] for byte in range(256)] if bytewise else [], np.int64),
+        ascii=np.array(ascii, np.uint8),
+        units=np.frombuffer(rules, "<u4", size // 4, offset=4).astype(np.int64) if rules else np.empty(0, np.int64),
+        targets=np.frombuffer(rules[4 + size :], np.uint8),
+        dummy_prefix=model.normalizer_spec.add_dummy_prefix,
+    )
+    _index(speller)
+    return speller
+
+
+class Encoder:
+    """Encodes many documents with one tokenizer; holds the table of words. `why_not`: see the function of that name."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.dtype = np.dtype(token_dtype(tokenizer.vocab_size))
+        self.why_not = why_not(tokenizer)
+        if self.why_not:
+            return
+        self._eos = self.dtype.type(tokenizer.eos_id)
+        encode, spec = tokenizer.encode, tokenizer.proto().normalizer_spec
+        self._white = np.zeros(256, bool)
+        self._white[[byte for byte in WHITE if encode(f"x{chr(byte)}y") == encode("x y")]] = True
+        self._white_bytes = bytes(np.flatnonzero(self._white).tolist())
+        self._keep_runs = not spec.remove_extra_whitespaces
+        self._marked = self._keep_runs or not spec.add_dummy_prefix
+        self._head = encode("x")
+        self._tail = encode("x y")[len(self._head) :]
+        if encode("x y")[: len(self._head)] != self._head or not self._tail:
+            self.why_not = "x has other ids before a space"
+        # ids that may not end a word before another one, or begin one: the space or the unknown run might reach over
+        self._open_ended = np.array([tokenizer.piece(token).endswith(META) for token in range(tokenizer.vocab_size)])
+        self._table = np.zeros((TABLE_SLOTS, 4), np.uint64)
+        self._block = np.zeros((BLOCK, 4), np.uint64)
+        self._counts = np.zeros(2, np.int64)  # entries, bytes of keys
+        self._filled = 0  # entries whose ids are known
+        self._keys = np.zeros(KEY_BYTES + 2 * BATCH_BYTES, np.uint8)
+        entries = MAX_WORDS + BATCH_BYTES
+        self._kinds = np.zeros(entries, np.uint8)
+        self._key_ends = np.zeros(entries, np.int64)
+        self._entries = np.zeros((entries, 4), np.int32)  # first id, number of ids or -1, words
+        self._ids, self._used = np.zeros(2**21, self.dtype), 0
+        self._speller = _speller(tokenizer)
+
+    def encode(self, documents: Sequence[bytes]) -> tuple[Array, Array, Array]:
+        """The tokens of documents, each ended by EOS.
+
+        Args:
+            documents: valid UTF-8.
+
+        Returns:
+            ids: all tokens in order, uint16 or uint32.
+            tokens: (documents,) int64, how many belong to each, EOS included.
+            words: (documents,) int64, how many words each has in the sense of str.split.
+        """
+        parts = []
+        for batch in _batches(documents):
+            if self.why_not:
+                parts.append(self._whole(batch))
+            elif len(batch[0]) > BATCH_BYTES:
+                pieces = list(self.encode_long(iter(batch)))
+                ids = np.concatenate([ids for ids, _ in pieces])
+                parts.append((ids, np.array([len(ids)]), np.array([sum(words for _, words in pieces)])))
+            else:
+                parts.append(self._documents(batch))
+        return _join(parts) if parts else (np.empty(0, self.dtype), np.empty(0, np.int64), np.empty(0, np.int64))
+
+    def encode_long(self, parts: Iterator[bytes], max_word_bytes: int = 2**62) -> Iterator[tuple[Array, int]]:
+        """The tokens of one document of any length that comes in parts of valid UTF-8: (ids, words) of each piece.
+
+        Raises:
+            OverflowError: no place to cut within max_word_bytes.
+        """
+        assert not self.why_not
+        rest, flags = b"", FIRST
+        for part in parts:
+            for start in range(0, len(part), BATCH_BYTES):
+                rest += part[start : start + BATCH_BYTES]
+                cut = self._cut(rest)
+                ids, words = self._piece(rest[:cut], flags) if cut else (None, 0)
+                if ids is not None:
+                    yield ids, words
+                    rest, flags = rest[cut:], 0
+                elif len(rest) > max_word_bytes:
+                    raise OverflowError(f"a word of {len(rest):,} bytes")
+        ids, words = self._piece(rest, flags | LAST)
+        assert ids is not None, "the end of a text is always a place to cut"
+        yield np.append(ids, self._eos), words
+
+    def _cut(self, text: bytes) -> int:
+        """Where white space begins, as far back as possible, behind a word whose ids do not depend on what follows."""
+        end = len(text)
+        for _ in range(100):
+            end = len(text[: self._last_white(text, end)].rstrip(self._white_bytes))
+            word = text[self._last_white(text, end) : end]
+            if not word or len(self._in_context([(b" " if end > len(word) else b"") + word], 0)[0]):
+                return end
+            end -= len(word)
+        return 0
+
+    def _last_white(self, text: bytes, end: int) -> int:
+        """Behind the last white byte before `end`; 0 if there is none."""
+        return 1 + max(text.rfind(byte, 0, end) for byte in self._white_bytes)
+
+    def _piece(self, text: bytes, flags: int) -> tuple[Array | None, int]:
+        """The ids of a part of a document that white space follows (or, with LAST, nothing), and its words."""
+        if len(text) <= 2 * BATCH_BYTES:
+            ids, tokens, words = self._by_words([text], flags, eos=-1)
+            if tokens[0] >= 0:
+                return ids, int(words[0])
+        ids, sizes = self._in_context([text], flags)
+        return (ids if sizes[0] >= 0 else None), len(text.decode().split())
+
+    def _in_context(self, texts: Sequence[bytes], kind: int) -> tuple[Array, Array]:
+        """The ids of texts between the words x and y (not x with FIRST, not y with LAST), and how many each has.
+
+        Where the ids depend on the words around them: no ids and -1.
+        """
+        before = "" if kind & FIRST or not self._marked else "x" if self._keep_runs else "x "
+        after = "" if kind & LAST else " y"
+        found = self.tokenizer.encode_each([f"{before}{text.decode()}{after}" for text in texts])
+        head, tail = np.array(self._head if before else [], int), np.array(self._tail if after else [], int)
+        totals = np.array(list(map(len, found)), np.int64)
+        ids = np.fromiter(chain.from_iterable(found), np.int64, int(totals.sum()))
+        ends = np.cumsum(totals)
+        begins, stops = ends - totals + len(head), ends - len(tail)
+        sizes = np.maximum(stops - begins, 0)
+        padded = np.concatenate([ids, np.zeros(len(head) + len(tail) + 1, np.int64)])
+        right = stops >= begins
+        right &= (padded[(begins - len(head))[:, None] + np.arange(len(head))] == head).all(1)
+        right &= (padded[np.maximum(stops, 0)[:, None] + np.arange(len(tail))] == tail).all(1)
+        some = sizes > 0
+        if after:
+            right &= ~(some & self._open_ended[padded[stops - 1]])
+        if before:
+            right &= ~(some & (padded[begins] == self.tokenizer.unknown_id))
+        sizes[~right] = 0
+        middle = np.repeat(begins - np.cumsum(sizes) + sizes, sizes) + np.arange(int(sizes.sum()))
+        return ids[middle].astype(self.dtype), np.where(right, sizes, -1)
+
+    def _documents(self, documents: Sequence[bytes]) -> tuple[Array, Array, Array]:
+        """As `encode`, of documents that fit into one batch."""
+        ids, tokens, words = self._by_words(documents, FIRST | LAST, self.tokenizer.eos_id)
+        if (tokens < 0).any():
+            places = np.cumsum(np.maximum(tokens, 0))
+            odd = np.flatnonzero(tokens < 0)
+            whole = [self._whole([documents[index]]) for index in odd]
+            ids = np.insert(ids, np.repeat(places[odd], [len(part[0]) for part in whole]), _join(whole)[0])
+            tokens[odd], words[odd] = _join(whole)[1:]
+        return ids, tokens, words
+
+    def _whole(self, documents: Sequence[bytes]) -> tuple[Array, Array, Array]:
+        """As `encode`, each text given to SentencePiece as it is."""
+        texts = [document.decode() for document in documents]
+        found = self.tokenizer.encode_each(texts, add_eos=True)
+        tokens = np.array(list(map(len, found)), np.int64)
+        words = np.array([len(text.split()) for text in texts], np.int64)
+        return np.fromiter(chain.from_iterable(found), self.dtype, int(tokens.sum())), tokens, words
+
+    def _by_words(self, texts: Sequence[bytes], flags: int, eos: int) -> tuple[Array, Array, Array]:
+        """Ids, tokens and words of texts by their words; -1 tokens where that cannot be, EOS behind each if >= 0."""
+        self._make_room()
+        data = np.frombuffer(b" ".join(texts) + bytes(24).replace(b"\0", b" "), np.uint8)
+        lengths = np.array(list(map(len, texts)), np.int64)
+        ends = np.cumsum(lengths + 1) - 1
+        words = np.empty(len(data) // 2 + BLOCK, np.int32)
+        found = np.empty(len(texts), np.int64)
+        _find(
+            data, ends - lengths, ends, flags, self._white, self._keep_runs, self._marked, self._table, self._keys,
+            self._key_ends, self._kinds, self._counts, words, found, self._block,
+        )  # fmt: skip
+        self._fill()
+        words = words[: int(found.sum())]
+        out = np.empty(int(np.maximum(self._entries[:, 1][words], 0).sum()) + len(texts) + 4, self.dtype)
+        tokens, counted = np.empty(len(texts), np.int64), np.empty(len(texts), np.int64)
+        size = _expand(words, found, self._entries, self._ids, eos, out, tokens, counted)
+        return out[:size], tokens, counted
+
+    def _fill(self) -> None:
+        """Find the ids of the entries that are new: plain words here, others by SentencePiece."""
+        first, last = self._filled, int(self._counts[0])
+        if first == last:
+            return
+        begin = int(self._key_ends[first - 1]) if first else 0
+        self._reserve(4 * (int(self._counts[1]) - begin))
+        if self._speller is None:
+            self._entries[first:last, 1] = -2
+        else:
+            self._used = _spell(
+                self._keys, self._key_ends, self._kinds, first, last, self._white, self._speller, self._entries,
+                self._ids, self._used,
+            )  # fmt: skip
+        asked = first + np.flatnonzero(self._entries[first:last, 1] == -2)
+        begins = np.where(asked > 0, self._key_ends[asked - 1], 0)
+        spans = zip(begins.tolist(), self._key_ends[asked].tolist(), strict=True)
+        texts = [self._keys[begin:end].tobytes() for begin, end in spans]
+        kinds = self._kinds[asked]
+        for kind in np.unique(kinds).tolist():
+            places = np.flatnonzero(kinds == kind)
+            ids, counts = self._in_context([texts[place] for place in places], kind)
+            self._reserve(len(ids))
+            self._ids[self._used : self._used + len(ids)] = ids
+            sizes = np.maximum(counts, 0)
+            words = [len(texts[place].decode().split()) for place in places]
+            self._entries[asked[places], :3] = np.stack([self._used + np.cumsum(sizes) - sizes, counts, words], 1)
+            self._used += len(ids)
+        self._filled = last
+
+    def _reserve(self, ids: int) -> None:
+        """Room for this many more ids, and for one word."""
+        while self._used + ids + 8 * MAX_SPELLED > len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+
+    def _make_room(self) -> None:
+        """Before a batch: forget all but the oldest entries, if there are too many."""
+        if self._counts[0] <= MAX_WORDS and self._counts[1] <= KEY_BYTES:
+            return
+        kept = min(MAX_WORDS // 4, int(np.searchsorted(self._key_ends[: self._filled], KEY_BYTES // 4)))
+        _keep_first(self._table, kept)
+        self._filled = kept
+        self._used = int((self._entries[:kept, 0] + np.maximum(self._entries[:kept, 1], 0)).max(initial=0))
+        self._counts[:] = kept, self._key_ends[kept - 1] if kept else 0
+
+
+def _join(parts: Sequence[tuple[Array, Array, Array]]) -> tuple[Array, Array, Array]:
+    ids, tokens, words = zip(*parts, strict=True)
+    return np.concatenate(ids), np.concatenate(tokens), np.concatenate(words)
+
+
+def _batches(documents: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    """Documents up to BATCH_BYTES together, longer ones alone."""
+    first = size = 0
+    for index, document in enumerate(documents):
+        if index > first and size + len(document) + 1 > BATCH_BYTES:
+            yield documents[first:index]
+            first, size = index, 0
+        size += len(document) + 1
+    if first < len(documents):
+        yield documents[first:]
