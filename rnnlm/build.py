@@ -1,16 +1,32 @@
-"""Corpus -> token streams: read units, encode them, append them in corpus order, commit.
+"""Corpus -> token streams: encode units in any order on any workers, then commit them in corpus order.
 
-Reading and encoding a unit is a pure function of the unit, and only one writer appends, in order; so encoding may
-move to any number of workers without changing a byte. A document of corpus.train belongs to the valid stream when
+    files --jobs--> workers --> unit files --(deduplicate)--(shuffle)--> shards, documents.npy --> stream.json, rename
+
+A unit file, a shuffled unit and a shard are each a pure function of what comes before, written under a temporary name
+and renamed. So any number of workers, of kills and of repeats gives the same bytes, and the same command goes on where
+it was: what has its name is not made again. The engine is any concurrent.futures.Executor; with build.task there is no
+engine at all, only processes that see the same directory. A document of corpus.train belongs to the valid stream when
 its keyed hash says so, wherever it stands; repeated documents stay on one side.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import socket
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,66 +35,169 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from rnnlm.config import Config, UserError, as_list
-from rnnlm.corpus import Document, Source, Unit, documents, fraction_of, sources, units
-from rnnlm.stream import Manifest, StreamWriter, token_dtype
-from rnnlm.tokenizer import Tokenizer
+from rnnlm.corpus import Job, Rejected, Source, jobs, read, sources
+from rnnlm.encoder import Encoder
+from rnnlm.stream import Manifest, commit, write_array, write_durably, write_shard
+from rnnlm.tokenizer import Tokenizer, token_dtype
+from rnnlm.units import (
+    Part,
+    UnitFile,
+    find_duplicates,
+    rejected_path,
+    rows_of,
+    shuffle_unit,
+    tokens_of,
+    write_unit,
+)
 
-BATCH_CHARACTERS = 2**20  # encoded at once: bounds the memory of Python's lists of ids
+BUCKET_DOCUMENTS = 2**20  # whose hashes are compared at once
+SHUFFLED_TOKENS = 2**23  # of a unit of shuffled documents, about
+_here = threading.local()  # each thread of a worker has an encoder of its own
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """What became of a unit, by split: tokens, (documents, 3) their tokens, bytes and words, and counts of records."""
+class Setting:
+    """What a task needs to know; it travels with each."""
 
-    tokens: dict[str, npt.NDArray[Any]]
-    documents: dict[str, npt.NDArray[np.int64]]
-    records: dict[str, Counter[str]]
+    config: Config
+    work: Path
+    digest: str  # of the tokenizer
+
+    def unit(self, job: Job, number: int) -> Path:
+        """The unit file of a unit that a job reads."""
+        return self.work / "units" / f"{job.split}-{job.file:06d}-{number:06d}.unit"
+
+    def listing(self, job: Job) -> Path:
+        """Which units a file has that can only be read from its start."""
+        return self.work / "units" / f"{job.split}-{job.file:06d}.json"
+
+    def splits_off(self, split: str) -> bool:
+        """Whether a part of this split's documents goes to the valid stream."""
+        return split == "train" and not as_list(self.config.corpus.valid) and self.config.stream.valid_fraction > 0
 
 
-def encode_unit(unit: Unit, split: str, config: Config, tokenizer: Tokenizer) -> Encoded:
-    """Encode the documents of a unit that was read for `split`.
+def encode_job(setting: Setting, job: Job) -> None:
+    """Encode the units of a job that are not there yet.
 
     Raises:
         UserError: a bad record, unless those are skipped.
     """
-    splits_off = split == "train" and not as_list(config.corpus.valid)
-    kept: dict[str, list[Document]] = {split: [], **({"valid": []} if splits_off else {})}
-    records = {name: Counter[str]() for name in kept}
-    for document in documents(unit, config.corpus):
-        if not isinstance(document, Document):
-            records[split].update(("read", document.reason))
-            continue
-        to_valid = splits_off and fraction_of(document.text, config.stream.split_seed) < config.stream.valid_fraction
-        target = "valid" if to_valid else split
-        kept[target].append(document)
-        records[target].update(("read", "kept"))
-    encoded = {name: _encode(found, tokenizer) for name, found in kept.items()}
-    return Encoded({n: e[0] for n, e in encoded.items()}, {n: e[1] for n, e in encoded.items()}, records)
+    if getattr(_here, "digest", "") != setting.digest:
+        _here.encoder = Encoder(Tokenizer.load(setting.work / "tokenizer.model"))
+        _here.digest = setting.digest
+    passed = []
+    for number, items in read(job, setting.config.corpus):
+        path = setting.unit(job, number)
+        if (not job.step or number % job.step == job.unit) and not path.exists():
+            write_unit(path, items, setting.splits_off(job.split), setting.config, _here.encoder)
+        passed.append(number)
+    if job.step:
+        _write_json(setting.listing(job), passed)
 
 
-def _encode(found: list[Document], tokenizer: Tokenizer) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    dtype = token_dtype(tokenizer.vocab_size)
-    parts, rows = [np.empty(0, dtype)], []
-    for batch in _batches(found):
-        ids = tokenizer.encode_all([document.text for document in batch])
-        parts.append(np.concatenate([np.asarray(each, dtype) for each in ids]))
-        rows += [
-            (len(each), document.size, len(document.text.split())) for each, document in zip(ids, batch, strict=True)
-        ]
-    return np.concatenate(parts), np.array(rows, dtype=np.int64).reshape(-1, 3)
+def shuffle_task(setting: Setting, task: tuple[Path, Sequence[Part], int, int]) -> None:
+    """Write one unit of shuffled documents."""
+    shuffle_unit(*task, seed=setting.config.corpus.shuffle_seed)
 
 
-def _batches(found: list[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in found:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def duplicates_task(setting: Setting, task: tuple[Path, Sequence[Path], int, int]) -> None:
+    """Find the repeated documents of one bucket of hashes."""
+    path, units, bucket, buckets = task
+    write_array(path, [find_duplicates(units, bucket, buckets)], "<i8")
+
+
+def shard_task(setting: Setting, task: tuple[Path, Sequence[Part], int, int]) -> None:
+    """Write one shard, then beside its directory what the manifest says of it."""
+    path, parts, first, last = task
+    tokenizer = Tokenizer.load(setting.work / "tokenizer.model")
+    _write_json(_entry(path), write_shard(path, tokens_of(parts, first, last), tokenizer))
+
+
+def _entry(shard: Path) -> Path:
+    return shard.parent.with_name(f"{shard.parent.name}-{shard.stem}.json")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    write_durably(temporary, json.dumps(value).encode())
+    temporary.replace(path)
+
+
+class Inline(Executor):
+    """Runs each task at once, in this process."""
+
+    def submit(self, fn: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        """Run it; the future is done."""
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*arguments, **options))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class Workers:
+    """Runs tasks on an executor; one whose worker dies is tried again, alone, and the second time set aside."""
+
+    def __init__(self, make: Callable[[], Executor], width: int):
+        self.make, self.width = make, width
+        self._executor: Executor | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+
+    def run(
+        self,
+        function: Callable[[Setting, Any], None],
+        setting: Setting,
+        tasks: Iterable[Any],
+        done: Callable[[Any], None],
+    ) -> list[Any]:
+        """Run all; calls done(task) after each. The tasks that killed their worker twice.
+
+        Raises:
+            Whatever else a task raises, as soon as it does.
+        """
+        waiting, suspects, aside = deque(tasks), deque[Any](), list[Any]()
+        strikes: Counter[int] = Counter()
+        running: dict[Future[None], Any] = {}
+        while waiting or suspects or running:
+            source, limit = (suspects, 1) if suspects else (waiting, 2 * self.width)
+            while source and len(running) < limit:
+                task = source.popleft()
+                self._executor = self._executor or self.make()
+                running[self._executor.submit(function, setting, task)] = task
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task = running.pop(future)
+                error = future.exception()
+                if error is None:
+                    done(task)
+                    continue
+                if not isinstance(error, (BrokenExecutor, MemoryError)) and type(error).__name__ != "KilledWorker":
+                    raise error
+                if isinstance(error, BrokenExecutor) and self._executor is not None:
+                    self._executor.shutdown()  # a pool that lost one worker is no use any more: the others end too
+                    self._executor = None
+                strikes[id(task)] += 1
+                (suspects if strikes[id(task)] < 2 else aside).append(task)
+        return aside
+
+
+def _start_worker() -> None:
+    """A worker leaves Ctrl-C to its parent, which lets it finish its unit, and does not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Build:
@@ -95,20 +214,24 @@ class Build:
         if not as_list(config.corpus.train):
             raise UserError("corpus.train is not set; give text files, as in --corpus.train=my.txt")
         self.config, self.tokenizer = config, tokenizer
+        self.task = parse_task(config.build.task)
         given = {"train": config.corpus.train, "valid": config.corpus.valid, "test": config.corpus.test}
         self.inputs = {split: sources(paths, f"corpus.{split}") for split, paths in given.items() if as_list(paths)}
-        self.splits = list(self.inputs)
-        if "valid" not in self.splits and config.stream.valid_fraction > 0:
-            self.splits.append("valid")
+        work = Path(config.stream.directory) / "build.partial"
+        self.setting = Setting(config, work, tokenizer.digest)
+        self.splits = [*self.inputs, *(["valid"] if self.setting.splits_off("train") else [])]
 
     def source(self) -> dict[str, Any]:
         """What the streams are made from; recorded in the manifest, so that a finished build is known again."""
         corpus, stream = self.config.corpus, self.config.stream
         return {
-            "files": {split: [_name_and_size(file) for file in files] for split, files in self.inputs.items()},
+            "files": {split: [[file.name, file.size] for file in files] for split, files in self.inputs.items()},
             "document": corpus.document,
-            "field": corpus.field if corpus.document == "jsonl" else "",
+            "field": corpus.field,
             "on_bad_record": corpus.on_bad_record,
+            "max_document_bytes": corpus.max_document_bytes,
+            "deduplicate": corpus.deduplicate,
+            "shuffle_seed": corpus.shuffle_seed,
             "valid_fraction": stream.valid_fraction,
             "split_seed": stream.split_seed,
             "shard_tokens": stream.shard_tokens,
@@ -140,50 +263,303 @@ class Build:
                 found[split] = manifest
         return found
 
-    def run(self, progress: Callable[[int], None]) -> dict[str, Manifest]:
-        """Build what is missing; calls progress(bytes read from disk) on the way.
+    def run(
+        self, progress: Callable[[int], None], executor: Callable[[], Executor] | None = None
+    ) -> dict[str, Manifest]:
+        """Do what is left of the build, or of one task; calls progress(bytes read from disk) on the way.
+
+        Args:
+            executor: makes the executor that encodes, anew if it breaks; None: what the build section says.
+
+        Returns:
+            The manifests of all streams; none after a task of an array.
 
         Raises:
-            UserError: nothing to train on, a bad record, or a foreign stream in the way.
+            UserError: nothing to train on, a bad record, a unit that kills its worker, a foreign stream in the way,
+                another build in the same directory.
         """
         done = self.finished()
         if set(done) == set(self.splits):
+            shutil.rmtree(self.setting.work, ignore_errors=True)
             return done
-        missing = [split for split in self.splits if split not in done]
-        stream = self.config.stream
-        with ExitStack() as stack:
-            writers = {
-                split: stack.enter_context(StreamWriter(self.directory(split), self.tokenizer, stream.shard_tokens))
-                for split in missing
-            }
-            records = {split: Counter({"read": 0, "kept": 0, "empty": 0}) for split in self.splits}
-            for split, files in self.inputs.items():
-                for unit in units(files, self.config.corpus, progress):
-                    self._append(encode_unit(unit, split, self.config, self.tokenizer), writers, records)
-            return {**done, **self._commit(writers, records)}
+        tasks, workers = self.task[1], self.config.build.workers or len(os.sched_getaffinity(0))
+        work = list(self._jobs(tasks if tasks > 1 else workers))
+        mine = work[self.task[0] :: tasks]
+        with self._locked(), self._workers(executor, workers, len(mine)) as crew:
+            self._prepare()
+            for job in mine:
+                if self._is_done(job):
+                    progress(job.bytes(self.config.corpus))
+            left = [job for job in mine if not self._is_done(job)]
+            aside = crew.run(encode_job, self.setting, left, lambda job: progress(job.bytes(self.config.corpus)))
+            self._set_aside(aside)
+            if tasks > 1:
+                return {}
+            manifests = self._commit(crew, done)
+        shutil.rmtree(self.setting.work)
+        return {**done, **manifests}
 
-    def _append(
-        self, encoded: Encoded, writers: Mapping[str, StreamWriter], records: Mapping[str, Counter[str]]
-    ) -> None:
-        for split, counts in encoded.records.items():
-            if split in records:
-                records[split].update(counts)
-            if split in writers:
-                writers[split].append(encoded.tokens[split], encoded.documents[split])
+    def _workers(self, executor: Callable[[], Executor] | None, workers: int, jobs: int) -> Workers:
+        if executor is not None:
+            return Workers(executor, workers)
+        if self.config.build.dask:
+            return _dask(self.config.build.dask)
+        if min(workers, jobs) <= 1:
+            return Workers(Inline, 1)
+        context = multiprocessing.get_context("spawn")
+        return Workers(lambda: ProcessPoolExecutor(workers, context, _start_worker), workers)
 
-    def _commit(self, writers: Mapping[str, StreamWriter], records: Mapping[str, Counter[str]]) -> dict[str, Manifest]:
-        for split, writer in writers.items():
-            if not writer.tokens:
-                raise UserError(
-                    f"corpus.{split}: no text in it ({records[split]['read']} records, none kept); give a corpus with "
-                    f"text{', or a larger stream.valid_fraction' if split == 'valid' else ''}"
-                )
-        order = sorted(writers, key=lambda split: split == "train")  # the stream that training opens first comes last
-        return {split: writers[split].commit(records[split], self.source()) for split in order}
+    def _jobs(self, workers: int) -> Iterator[Job]:
+        return chain.from_iterable(
+            jobs(split, files, self.config.corpus, workers) for split, files in self.inputs.items()
+        )
+
+    def _is_done(self, job: Job) -> bool:
+        if not job.step:
+            return self.setting.unit(job, job.unit).exists()
+        if not self.setting.listing(job).exists():
+            return False
+        numbers = json.loads(self.setting.listing(job).read_bytes())
+        return all(self.setting.unit(job, n).exists() for n in numbers if n % job.step == job.unit)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One build in a directory at a time, or the tasks of one array; the kernel frees the lock of the dead."""
+        root = Path(self.config.stream.directory)
+        root.mkdir(parents=True, exist_ok=True)
+        path, shared = root / ".build.lock", self.task[1] > 1
+        with path.open("a+") as lock:
+            try:
+                fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.seek(0)
+                holder = lock.read().strip() or "tasks of an array"
+                raise UserError(f"{root}: another build is working there ({holder}); wait for it") from error
+            if not shared:
+                lock.truncate(0)
+                lock.write(f"{socket.gethostname()}, process {os.getpid()}")
+                lock.flush()
+            try:
+                yield
+            finally:
+                if not shared:
+                    path.unlink()
+
+    def _prepare(self) -> None:
+        """Go on in the work directory of the same build; begin anew if it is another's."""
+        work, shared = self.setting.work, self.task[1] > 1
+        stamps = [[file.path, file.stamp] for files in self.inputs.values() for file in files]
+        described = {**self.source(), "unit_bytes": self.config.corpus.unit_bytes, "stamps": stamps}
+        same = (work / "build.json").is_file() and json.loads((work / "build.json").read_bytes()) == described
+        if shared and not same and (work / "build.json").is_file():
+            raise UserError(f"{work}: tasks of another build are there; wait for them, or remove it")
+        if not same and not shared:
+            shutil.rmtree(work, ignore_errors=True)
+        (work / "units").mkdir(parents=True, exist_ok=True)
+        if not same:
+            write_durably(work / "tokenizer.model", self.tokenizer.model)
+            _write_json(work / "build.json", described)
+        if not shared:
+            for leftover in chain(work.glob(".*"), work.glob("*/.*")):
+                leftover.unlink()
+
+    def _set_aside(self, aside: Sequence[Job]) -> None:
+        """Units that killed two workers: an error, or with bad records skipped a rejected record each."""
+        left = [job for job in aside if job.step or self.config.corpus.on_bad_record == "fail"]
+        if left:
+            raise UserError(
+                f"{'; '.join(f'{job} ({self._range(job)})' for job in left)}: killed its worker twice, out of memory "
+                "perhaps; all others are done. Use fewer build.workers, mend the file, or set corpus.on_bad_record=skip"
+            )
+        for job in aside:
+            begin = job.unit * self.config.corpus.unit_bytes
+            rejected = Rejected(job.sources[0].name, begin, f"its worker was killed ({self._range(job)})")
+            encoder = Encoder(self.tokenizer)
+            write_unit(self.setting.unit(job, job.unit), [rejected], False, self.config, encoder)
+
+    def _range(self, job: Job) -> str:
+        begin = job.unit * self.config.corpus.unit_bytes
+        return "any of its units" if job.step else f"bytes {begin:,} to {begin + job.bytes(self.config.corpus):,}"
+
+    def _unit_paths(self, split: str) -> list[Path]:
+        paths = []
+        for job in jobs(split, self.inputs[split], self.config.corpus, 1):
+            numbers = json.loads(self.setting.listing(job).read_bytes()) if job.step else [job.unit]
+            paths += [self.setting.unit(job, number) for number in numbers]
+        return paths
+
+    def _commit(self, crew: Workers, done: dict[str, Manifest]) -> dict[str, Manifest]:
+        """Unit files -> streams."""
+        parts: dict[str, list[Part]] = {}
+        records: dict[str, dict[str, int]] = {}
+        for split in self.inputs:
+            paths = self._unit_paths(split)
+            footers = [UnitFile(path).footer for path in paths]
+            dropped = self._duplicates(crew, split, paths, footers) if self.config.corpus.deduplicate else {}
+            for target, side in ((split, 0), *((("valid", 1),) if self.setting.splits_off(split) else ())):
+                parts[target], records[target] = _side(paths, footers, dropped, side)
+        for target in self.splits:
+            if not sum(part.totals[1] for part in parts[target]):
+                hint = ", or a larger stream.valid_fraction" if target == "valid" else ""
+                found = f"{records[target]['read']} records, none kept"
+                raise UserError(f"corpus.{target}: no text in it ({found}); give a corpus with text{hint}")
+        order = sorted(set(self.splits) - set(done), key=lambda split: (split == "train", split))
+        for target in order:  # the stream that training opens first comes last
+            if self.config.corpus.shuffle_seed >= 0:
+                parts[target] = self._shuffle(crew, target, parts[target])
+        return {target: self._write_stream(crew, target, parts[target], records[target]) for target in order}
+
+    def _duplicates(
+        self, crew: Workers, split: str, paths: list[Path], footers: list[dict[str, Any]]
+    ) -> dict[Path, tuple[Path, npt.NDArray[np.int64]]]:
+        """By unit: a file with the numbers of its rows that are dropped, and (side, 4) what is lost with them."""
+        ends = np.cumsum([footer["rows"] for footer in footers])
+        buckets = -(-int(ends[-1]) // BUCKET_DOCUMENTS) if len(ends) else 0
+        found = [self.setting.work / f"{split}-duplicates-{bucket:06d}.npy" for bucket in range(buckets)]
+        left = [(path, paths, bucket, buckets) for bucket, path in enumerate(found) if not path.exists()]
+        _no_strays(crew.run(duplicates_task, self.setting, left, lambda task: None))
+        numbers = [np.load(path, mmap_mode="r") for path in found]
+        dropped = {}
+        for path, footer, end in zip(paths, footers, ends.tolist(), strict=True):
+            begin = end - footer["rows"]
+            slices = [each[slice(*np.searchsorted(each, [begin, end]))] - begin for each in numbers]
+            if sum(map(len, slices)):
+                gone = np.sort(np.concatenate(slices))
+                rows, listed = UnitFile(path).rows, path.with_suffix(".dropped.npy")
+                write_array(listed, [gone], "<i8")
+                sides = [rows[gone[rows[gone, 3] == side], :3] for side in (0, 1)]
+                dropped[path] = listed, np.array([[len(lost), *lost.sum(0)] for lost in sides])
+        return dropped
+
+    def _shuffle(self, crew: Workers, target: str, parts: list[Part]) -> list[Part]:
+        documents, tokens = (sum(part.totals[column] for part in parts) for column in (0, 1))
+        step = max(1, documents * SHUFFLED_TOKENS // tokens)
+        name = f"{target}-shuffled"
+        paths = [self.setting.work / f"{name}-{first:012d}.unit" for first in range(0, documents, step)]
+        tasks = [(path, parts, index * step, min((index + 1) * step, documents)) for index, path in enumerate(paths)]
+        left = [task for task in tasks if not task[0].exists()]
+        _no_strays(crew.run(shuffle_task, self.setting, left, lambda task: None))
+        shuffled = []
+        for path in paths:
+            rows = UnitFile(path).rows
+            shuffled.append(Part(path, 0, None, (len(rows), *rows[:, :3].sum(0).tolist())))
+        return shuffled
+
+    def _write_stream(self, crew: Workers, target: str, parts: list[Part], records: dict[str, int]) -> Manifest:
+        partial, size = self.setting.work / target, self.config.stream.shard_tokens
+        partial.mkdir(exist_ok=True)
+        documents, tokens, text_bytes, words = (sum(part.totals[column] for part in parts) for column in range(4))
+        ends = np.cumsum([part.totals[1] for part in parts])
+        shards = [partial / f"shard-{index:05d}.npy" for index in range(-(-tokens // size))]
+        left = []
+        for index, shard in enumerate(shards):
+            if not _entry(shard).exists():
+                first, last = index * size, min((index + 1) * size, tokens)
+                begin, end = np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last) + 1
+                before = int(ends[begin - 1]) if begin else 0
+                left.append((shard, parts[begin:end], first - before, last - before))
+        _no_strays(crew.run(shard_task, self.setting, left, lambda task: None))
+        entries = [json.loads(_entry(shard).read_bytes()) for shard in shards]
+        manifest = Manifest(
+            dtype=token_dtype(self.tokenizer.vocab_size),
+            vocab_size=self.tokenizer.vocab_size,
+            eos_id=self.tokenizer.eos_id,
+            tokenizer=self.tokenizer.digest,
+            tokens=tokens,
+            documents=documents,
+            text_bytes=text_bytes,
+            words=words,
+            unknown_tokens=sum(entry.pop("unknown") for entry in entries),
+            records={name: count for name, count in records.items() if name != "mended"},
+            mended=records["mended"],
+            source=self.source(),
+            shards=entries,
+            documents_sha256=write_array(partial / "documents.npy", _totals(parts), "<i8", (3,))[1],
+            rejected_sha256=self._write_rejected(target, partial / "rejected.jsonl"),
+        )
+        write_durably(partial / "tokenizer.model", self.tokenizer.model)
+        return commit(partial, self.directory(target), manifest)
+
+    def _write_rejected(self, target: str, path: Path) -> str:
+        """Join the lists of the units that were read for this stream; the digest, or nothing if there are none."""
+        units = self._unit_paths(target) if target in self.inputs else []
+        listed = [rejected_path(unit) for unit in units if rejected_path(unit).exists()]
+        if not listed:
+            return ""
+        sha256 = hashlib.sha256()
+        with path.open("wb") as out:
+            for each in listed:
+                with each.open("rb") as file:
+                    while block := file.read(2**20):
+                        out.write(block)
+                        sha256.update(block)
+            out.flush()
+            os.fsync(out.fileno())
+        return sha256.hexdigest()
 
 
-def _name_and_size(file: Source) -> list[Any]:
-    return [Path(file.path).name, file.size]
+def _side(
+    paths: list[Path], footers: list[dict[str, Any]], dropped: dict[Path, Any], side: int
+) -> tuple[list[Part], dict[str, int]]:
+    """What units give to one side of a split, and the counts of records for its manifest."""
+    parts, lost = [], 0
+    for path, footer in zip(paths, footers, strict=True):
+        totals, listed = np.array(footer["totals"][side]), None
+        if path in dropped:
+            listed = dropped[path][0]
+            totals = totals - dropped[path][1][side]
+            lost += int(dropped[path][1][side][0])
+        parts.append(Part(path, side, listed, tuple(totals.tolist())))
+    counted: Counter[str] = sum((Counter(footer["records"]) for footer in footers), Counter())
+    here, there = (sum(footer["totals"][each][0] for footer in footers) for each in (side, 1 - side))
+    rejected = {} if side else {name: n for name, n in counted.items() if name not in ("read", "kept", "empty")}
+    records = {
+        "read": here if side else counted["read"] - there,
+        "kept": here - lost,
+        "empty": 0 if side else counted["empty"],
+        **({"duplicate": lost} if lost else {}),
+        **dict(sorted(rejected.items())),
+    }
+    assert records["read"] == sum(records.values()) - records["read"], records
+    return parts, {**records, "mended": 0 if side else sum(footer["mended"] for footer in footers)}
+
+
+def _totals(parts: Iterable[Part]) -> Iterator[npt.NDArray[np.int64]]:
+    """(documents, 3) running totals, part by part."""
+    before = np.zeros(3, np.int64)
+    for part in parts:
+        totals = before + np.cumsum(rows_of(part), axis=0)
+        yield totals
+        before = totals[-1] if len(totals) else before
+
+
+def _no_strays(aside: Sequence[Any]) -> None:
+    if aside:
+        raise UserError(f"{aside[0][0]}: its worker was killed twice, out of memory perhaps; use fewer build.workers")
+
+
+def _dask(address: str) -> Workers:
+    try:
+        import distributed
+    except ImportError as error:
+        raise UserError(f"build.dask={address}: needs Dask; pip install 'rnnlm[dask]'") from error
+    try:
+        client: Any = distributed.Client(address)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise UserError(f"build.dask={address}: no scheduler answers there ({error})") from error
+    return Workers(client.get_executor, max(1, sum(client.ncores().values())))
+
+
+def parse_task(text: str) -> tuple[int, int]:
+    """'3/16' -> (3, 16); nothing -> (0, 1).
+
+    Raises:
+        UserError: anything else.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text or "0/1")
+    if not found or int(found[1]) >= int(found[2]):
+        raise UserError(f"build.task={text}: expected a task of an array, from 0/16 to 15/16 if there are 16")
+    return int(found[1]), int(found[2])
 
 
 def tokenizer_path(config: Config) -> str:

@@ -41,17 +41,24 @@ class CorpusConfig:
     """The text: which files, and what a document is."""
 
     train: list[str] | str = ""
-    """Files, globs or fsspec URLs to train on; .gz, .xz and .zst are decompressed on the way."""
+    """Files, globs or fsspec URLs to train on: text, JSON lines or .parquet; .gz, .xz and .zst are decompressed."""
     valid: list[str] | str = ""
     """The same for validation; empty: stream.valid_fraction of the training documents is split off."""
     test: list[str] | str = ""
     """The same for a test stream; empty: none."""
-    document: Literal["line", "file", "jsonl"] = "line"
-    """What one document is: a line, a whole file, or one field of a JSON object per line."""
+    document: Literal["line", "paragraph", "file", "jsonl"] = "line"
+    """A line, lines up to an empty one, a whole file, or a field of a JSON object per line; in .parquet a row."""
     field: str = "text"
-    """The field of each JSON object that holds the text (document: jsonl)."""
-    on_bad_record: Literal["fail", "skip"] = "fail"
-    """Invalid UTF-8, invalid JSON or a missing field: stop and name file and byte, or skip and count."""
+    """The field of each JSON object, or the column of a .parquet file, that holds the text."""
+    on_bad_record: Literal["fail", "skip", "replace"] = "fail"
+    """Invalid UTF-8, JSON, compression, a missing field, an oversized document: stop and name file and byte; or skip,
+    count and list in rejected.jsonl; replace: mend invalid UTF-8 with U+FFFD, list that too, skip the rest."""
+    max_document_bytes: int = 8 * 2**20
+    """Longest document of JSON, of parquet, and of any text if the tokenizer is not a BPE; longer ones are bad."""
+    deduplicate: bool = False
+    """Keep only the first of documents with the same bytes (by a 128-bit hash), within each of train, valid, test."""
+    shuffle_seed: int = -1
+    """Shuffle whole documents by this seed; -1: keep the order of the files."""
     unit_bytes: int = 32 * 2**20
     """Decompressed bytes per work unit; does not change the result."""
 
@@ -94,6 +101,18 @@ class StreamConfig:
     """Tokens per shard file (2 or 4 bytes each)."""
     verify: bool = changeable(False)
     """Check every byte of the streams before training, not only sizes and the manifest."""
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """How the streams are built; nothing here changes a byte of them."""
+
+    workers: int = changeable(0)
+    """Processes that encode; 0: one per core."""
+    task: str = changeable("")
+    """'3/16': do task 3 of 0 ... 15 of a job array and stop; without, do what is left, and commit."""
+    dask: str = changeable("")
+    """Address of a Dask scheduler whose workers encode, as in tcp://host:8786; all must see the same files."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +274,7 @@ class Config:
     corpus: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     stream: StreamConfig = StreamConfig()
+    build: BuildConfig = BuildConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -265,7 +285,8 @@ class Config:
     def faults(self) -> list[str]:
         """Every value that cannot work, as `section.key=value: what is expected`."""
         low = {  # inclusive lower bounds
-            "corpus.unit_bytes": 1, "tokenizer.vocab_size": 1, "tokenizer.character_coverage": 0.98, "train.seed": 0,
+            "corpus.unit_bytes": 1, "corpus.max_document_bytes": 1, "corpus.shuffle_seed": -1, "build.workers": 0,
+            "tokenizer.vocab_size": 1, "tokenizer.character_coverage": 0.98, "train.seed": 0,
             "generate.seed": 0, "tokenizer.seed": 0, "stream.split_seed": 0, "tokenizer.sample_bytes": 1,
             "stream.shard_tokens": 1, "stream.valid_fraction": 0, "model.embedding_size": 1, "model.hidden_size": 1,
             "model.layers": 1, "model.dropout": 0, "model.init_range": 0, "optim.learning_rate": 0,
@@ -280,6 +301,7 @@ class Config:
         }  # fmt: skip
         below = {
             "stream.valid_fraction": 1, "model.dropout": 1, "optim.momentum": 1, "optim.beta1": 1, "optim.beta2": 1,
+            "corpus.shuffle_seed": 2**63,
             "tokenizer.seed": 2**63, "stream.split_seed": 2**63, "train.seed": 2**63, "generate.seed": 2**63,
         }  # fmt: skip
         high = {

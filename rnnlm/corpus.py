@@ -1,58 +1,122 @@
 """Text files -> work units -> documents.
 
-A work unit is the records that *start* in one fixed range of a file's decompressed bytes: it depends on the file
-alone, so that any worker can find its unit's edges and the result does not depend on how units are dealt out. Where
-a document is a whole file, consecutive small files share a unit. The price: a record longer than a unit makes the
-unit longer, up to the record's size in memory.
+A work unit is the records that *start* in one fixed range of a file's decompressed bytes (of a parquet file: a row
+group; where a document is a whole file: some consecutive files). It depends on the files alone, so that any worker can
+find its unit's edges, and the result does not depend on how units are dealt out:
+
+    bytes   0         32 MiB      64 MiB      96 MiB       plain file: a worker opens it at any edge
+            |..a....b.|....c......|...........|.d..e..|    unit 0: a b    1: c (to its end)    2: nothing    3: d e
+
+A compressed file has no edges to open it at: a job reads it from its start and encodes every n-th unit. The price: n
+workers on one compressed file decompress it n times; many files share the work better than one.
 """
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import json
 import lzma
+import posixpath
+import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import IO, Any
+from functools import partial
+from itertools import chain, groupby
+from typing import IO, Any, NamedTuple
 
 from rnnlm.config import CorpusConfig, UserError, as_list
 
 CHUNK_BYTES = 2**20  # read at once
+ROWS = 256  # of a parquet file, likewise
+SEPARATOR = re.compile(rb"\n\r?\n[\r\n]*")  # blank lines, whatever their number
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input file: its name as shown to the user, its size on disk in bytes, and how to open it."""
+    """One input file: its name within the corpus, its size on disk in bytes, a stamp that changes with it, a handle."""
 
-    path: str
+    name: str
     size: int
-    open: Callable[[], Any]
+    stamp: str
+    file: Any  # fsspec's OpenFile: travels to workers, opens there
+
+    @property
+    def path(self) -> str:
+        """Its name as shown to the user."""
+        path: str = self.file.path
+        return path
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Whole records, in corpus order: (path, offset of the first byte in the decompressed file, bytes) of each run."""
+class Job:
+    """What one worker reads at a time: units `unit`, `unit + step`, ... of a file; unit 0 of several small files."""
 
-    runs: tuple[tuple[str, int, bytes], ...]
+    split: str
+    file: int  # index of the first one among the files of its split
+    sources: tuple[Source, ...]
+    unit: int = 0
+    step: int = 0  # 0: this unit alone
+
+    def bytes(self, corpus: CorpusConfig) -> int:
+        """What it reads from disk, about."""
+        size = sum(source.size for source in self.sources)
+        if corpus.document == "file":
+            return size
+        return size // self.step if self.step else min(size - self.unit * corpus.unit_bytes, corpus.unit_bytes)
+
+    def __str__(self) -> str:
+        files = self.sources[0].path + (f" and {len(self.sources) - 1} more files" if len(self.sources) > 1 else "")
+        return f"{files}, unit {self.unit}" + (f" and every {self.step}th after it" if self.step > 1 else "")
 
 
-@dataclass(frozen=True)
-class Document:
-    """One document and its size in the file, in UTF-8 bytes."""
+class Document(NamedTuple):
+    """One document: where it starts in the decompressed file, its text as valid UTF-8, whether it had to be mended."""
 
-    text: str
-    size: int
+    name: str
+    offset: int
+    data: bytes
+    mended: bool
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """A record that is no document: where it starts and why."""
+class Rejected(NamedTuple):
+    """A record that is no document: where it starts, and why; `empty` if it is white space alone."""
 
-    path: str
+    name: str
     offset: int
     reason: str
+
+
+class LongDocument(NamedTuple):
+    """A document above corpus.max_document_bytes, in parts of valid UTF-8 as they are read.
+
+    Taking a part may raise BadRecordError; `reject` is for a consumer that cannot take the document.
+    """
+
+    name: str
+    offset: int
+    parts: Iterator[bytes]
+    reject: Callable[[int], Rejected]  # of its size in bytes
+
+    @property
+    def empty(self) -> Rejected:
+        """What it is if it is white space alone."""
+        return Rejected(self.name, self.offset, "empty")
+
+
+Item = Document | LongDocument | Rejected
+
+
+class _Piece(NamedTuple):
+    """Bytes of one unit: whole records, or a part of one record that goes on in the next piece if it is `open`."""
+
+    unit: int
+    offset: int
+    data: bytes
+    open: bool = False
 
 
 def sources(paths: list[str] | str, key: str) -> list[Source]:
@@ -73,131 +137,308 @@ def sources(paths: list[str] | str, key: str) -> list[Source]:
             raise UserError(f"{key}={pattern}: no file matches; give a path, a glob or a URL of text files")
         for file in matches:
             try:
-                if file.fs.isdir(file.path):
-                    raise UserError(f"{key}={pattern}: is a directory; name files, as in {pattern.rstrip('/')}/*.txt")
-                found.append(Source(file.path, int(file.fs.size(file.path) or 0), file.open))
+                info = file.fs.info(file.path)
             except OSError as error:
                 raise UserError(f"{key}={pattern}: cannot be read ({error.strerror or error})") from error
-    return found
+            if info.get("type") == "directory":
+                raise UserError(f"{key}={pattern}: is a directory; name files, as in {pattern.rstrip('/')}/*.txt")
+            stamp = next(
+                (str(info[field]) for field in ("mtime", "ETag", "LastModified", "updated") if field in info), ""
+            )
+            found.append((file, int(info.get("size") or 0), "".join(stamp[:1])))
+    common = posixpath.commonpath([posixpath.dirname(file.path) for file, _, _ in found]) if found else ""
+    return [Source(file.path.removeprefix(common).lstrip("/"), size, stamp, file) for file, size, stamp in found]
 
 
-def units(files: list[Source], corpus: CorpusConfig, progress: Callable[[int], None]) -> Iterator[Unit]:
-    """All work units of `files` in order; calls progress(bytes read from disk) on the way.
-
-    Raises:
-        UserError: naming a compressed file that is damaged or cut short.
-    """
-    if corpus.document != "file":
-        for source in files:
-            for offset, data in _ranges(_chunks(source, progress), corpus.unit_bytes):
-                yield Unit(((source.path, offset, data),))
+def jobs(split: str, files: list[Source], corpus: CorpusConfig, workers: int) -> Iterator[Job]:
+    """All there is to read, in corpus order; jobs enough for `workers`, also of files that open only at their start."""
+    if corpus.document == "file":
+        yield from _file_jobs(split, files, corpus.unit_bytes)
         return
-    runs: list[tuple[str, int, bytes]] = []
-    size = 0
-    for source in files:
-        data = b"".join(_chunks(source, progress))
-        runs.append((source.path, 0, data))
-        size += len(data)
-        if size >= corpus.unit_bytes:
-            yield Unit(tuple(runs))
-            runs, size = [], 0
-    if runs:
-        yield Unit(tuple(runs))
+    streamed = sum(map(_is_streamed, files))
+    step = -(-workers // streamed) if streamed else 1
+    for index, source in enumerate(files):
+        if _is_streamed(source):
+            yield from (Job(split, index, (source,), unit, step) for unit in range(step))
+        else:
+            yield from (Job(split, index, (source,), unit) for unit in range(-(-source.size // corpus.unit_bytes)))
 
 
-def documents(unit: Unit, corpus: CorpusConfig) -> Iterator[Document | Rejected]:
-    """The documents of a unit in order; a record of white space alone is rejected as `empty`.
+def _file_jobs(split: str, files: list[Source], unit_bytes: int) -> Iterator[Job]:
+    first = size = 0
+    for index, source in enumerate(files):
+        size += source.size
+        if size >= unit_bytes or index == len(files) - 1:
+            yield Job(split, first, tuple(files[first : index + 1]))
+            first, size = index + 1, 0
+
+
+def _is_streamed(source: Source) -> bool:
+    return source.path.endswith((".gz", ".xz", ".zst", ".parquet"))
+
+
+def read(job: Job, corpus: CorpusConfig) -> Iterator[tuple[int, Iterator[Item]]]:
+    """Every unit that the job passes, with what is in it; with a step it passes also units that are other jobs'.
 
     Raises:
-        UserError: for a bad record, naming file and byte, unless corpus.on_bad_record is `skip`.
+        UserError: a bad record or a damaged file, naming file and byte, unless corpus.on_bad_record is `skip`.
     """
-    for path, start, data in unit.runs:
-        for offset, record in _records(data, start, corpus.document):
-            try:
-                text = record.decode("utf-8").removeprefix("\ufeff" if offset == 0 else "")
-                if corpus.document == "jsonl" and text.strip():
-                    text = _json_field(text, corpus.field)
-            except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-                reason = "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else "invalid JSON or field"
-                if corpus.on_bad_record == "fail":
-                    raise UserError(
-                        f"{path}: record at byte {offset}: {reason} ({error}); "
-                        "mend it, or set corpus.on_bad_record=skip"
-                    ) from error
-                yield Rejected(path, offset, reason)
-                continue
-            if text.strip():
-                yield Document(text, len(text.encode("utf-8", "surrogatepass")))
+    source = job.sources[0]
+    if corpus.document == "file":
+        found = (_documents(_pieces(_chunks(each), corpus), each, corpus) for each in job.sources)
+        yield 0, chain.from_iterable(found)
+    elif not job.step:
+        back = 3 if corpus.document == "paragraph" else 1  # bytes that show whether a record starts at the very edge
+        chunks = _chunks(source, max(0, job.unit * corpus.unit_bytes - back))
+        yield job.unit, _documents(_pieces(chunks, corpus, job.unit), source, corpus)
+    else:
+        unit = 0
+        try:
+            if source.path.endswith(".parquet"):
+                yield from _row_groups(source, corpus)
             else:
-                yield Rejected(path, offset, "empty")
+                for unit, pieces in groupby(_pieces(_chunks(source), corpus), key=lambda piece: piece.unit):
+                    yield unit, _documents(pieces, source, corpus)
+        except _DamagedError as error:  # met while passing over a unit, or before the first one
+            yield unit, iter([_reject(source, 0, f"damaged file ({error})", "fetch it again", corpus)])
 
 
-def fraction_of(text: str, seed: int) -> float:
+def fraction_of(text: bytes, seed: int) -> float:
     """A number in [0, 1) that depends on text and seed alone: splits and samples ignore files and order."""
-    key = seed.to_bytes(8, "little", signed=True)
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest()
-    return (int.from_bytes(digest, "little") >> 11) / 2**53
+    return fraction(hashing(seed, text))
 
 
-def _json_field(line: str, field: str) -> str:
+def hashing(seed: int, text: bytes = b"") -> Any:
+    """The keyed hash behind `fraction_of`, for a text that comes in parts."""
+    return hashlib.blake2b(text, digest_size=8, key=seed.to_bytes(8, "little", signed=True))
+
+
+def fraction(hashed: Any) -> float:
+    """The number in [0, 1) that a hash stands for."""
+    return (int.from_bytes(hashed.digest(), "little") >> 11) / 2**53
+
+
+class BadRecordError(Exception):
+    """A long document turns out to be bad after some of its parts."""
+
+    def __init__(self, rejected: Rejected):
+        super().__init__(rejected.reason)
+        self.rejected = rejected
+
+
+class _DamagedError(Exception):
+    """A file that ends in the middle or makes no sense."""
+
+
+def _documents(pieces: Iterator[_Piece], source: Source, corpus: CorpusConfig) -> Iterator[Item]:
+    """The documents of one unit in order."""
+    offset = 0
+    try:
+        for piece in pieces:
+            offset = piece.offset + len(piece.data)
+            if piece.open:
+                yield from _long(piece, pieces, source, corpus)
+                continue
+            valid = _is_utf8(piece.data)
+            for start, record in _records(piece.data, piece.offset, corpus.document):
+                yield _document(source, start, record, valid, corpus)
+    except _DamagedError as error:
+        yield _reject(source, offset, f"damaged file ({error})", "fetch it again", corpus)
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _reject(source: Source, offset: int, reason: str, way_out: str, corpus: CorpusConfig) -> Rejected:
+    if corpus.on_bad_record == "fail":
+        at = "row" if source.path.endswith(".parquet") else "byte"
+        raise UserError(
+            f"{source.path}: record at {at} {offset}: {reason}; {way_out}, or set corpus.on_bad_record=skip"
+        )
+    return Rejected(source.name, offset, reason.split(" (")[0])
+
+
+def _document(source: Source, offset: int, record: bytes, valid: bool, corpus: CorpusConfig) -> Item:
+    """What a record of bytes is: a document, empty, or bad."""
+    mended = False
+    if offset == 0:
+        record = record.removeprefix(codecs.BOM_UTF8)
+    if not valid:
+        try:
+            record.decode()
+        except UnicodeDecodeError as error:
+            if corpus.on_bad_record != "replace":
+                return _reject(source, offset, f"invalid UTF-8 ({error})", "mend it", corpus)
+            record, mended = record.decode(errors="replace").encode(), True
+    if corpus.document == "jsonl" and record.strip():
+        try:
+            record = _json_field(record, corpus.field)
+        except (ValueError, RecursionError) as error:
+            return _reject(source, offset, f"invalid JSON or field ({error})", "mend it", corpus)
+    return _checked(source, offset, record, mended, corpus)
+
+
+def _checked(source: Source, offset: int, text: bytes, mended: bool, corpus: CorpusConfig) -> Item:
+    begin = text.lstrip()[:1]
+    if not begin or ((begin < b" " or begin >= b"\x80") and text.decode().isspace()):
+        return Rejected(source.name, offset, "empty")
+    if len(text) > corpus.max_document_bytes:
+        return _oversized(source, offset, len(text), corpus)
+    return Document(source.name, offset, text, mended)
+
+
+def _oversized(source: Source, offset: int, size: int, corpus: CorpusConfig) -> Rejected:
+    reason = f"oversized document ({size:,} bytes, corpus.max_document_bytes={corpus.max_document_bytes:,})"
+    return _reject(source, offset, reason, "raise that, at about a hundred bytes of memory per byte", corpus)
+
+
+def _long(first: _Piece, pieces: Iterator[_Piece], source: Source, corpus: CorpusConfig) -> Iterator[Item]:
+    """A record that is longer than a document may be in memory; its other pieces follow."""
+
+    def parts() -> Iterator[bytes]:
+        piece = first
+        while piece.open:
+            yield piece.data
+            piece = next(pieces)
+        ends = {"file": b"", "paragraph": b"\r\n"}.get(corpus.document)
+        yield piece.data.removesuffix(b"\n").removesuffix(b"\r") if ends is None else piece.data.rstrip(ends)
+
+    def valid() -> Iterator[bytes]:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace" if corpus.on_bad_record == "replace" else "strict")
+        try:
+            for number, part in enumerate(chain(parts(), [b""])):
+                text = decoder.decode(part, final=not part)
+                yield (text.removeprefix("\ufeff") if number == first.offset == 0 else text).encode()
+        except (UnicodeDecodeError, _DamagedError) as error:
+            what = "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else "damaged file"
+            raise BadRecordError(_reject(source, first.offset, f"{what} ({error})", "mend it", corpus)) from error
+
+    if corpus.document == "jsonl":
+        yield _oversized(source, first.offset, sum(map(len, parts())), corpus)
+    else:
+        refuse = partial(_oversized, source, first.offset, corpus=corpus)
+        document = LongDocument(source.name, first.offset, valid(), refuse)
+        yield document
+        with suppress(BadRecordError):
+            for _ in document.parts:  # what the consumer left
+                pass
+
+
+def _json_field(line: bytes, field: str) -> bytes:
     value = json.loads(line)
     if not isinstance(value, dict) or not isinstance(value.get(field), str):
         raise ValueError(f"no text in corpus.field={field}")
     text: str = value[field]
-    text.encode("utf-8")  # JSON can spell lone surrogates, which are no text: UnicodeEncodeError is a ValueError
-    return text
+    return text.encode()  # JSON can spell lone surrogates, which are no text: UnicodeEncodeError is a ValueError
 
 
-def _records(data: bytes, start: int, document: str) -> Iterator[tuple[int, bytes]]:
+def _records(data: bytes, offset: int, document: str) -> Iterator[tuple[int, bytes]]:
     """(offset in the file, bytes) of each record; a line ends at a line feed, with or without a carriage return."""
     if document == "file":
-        yield start, data
+        yield offset, data
         return
-    position = 0
-    while position < len(data):
-        end = data.find(b"\n", position)
-        end = len(data) if end < 0 else end
-        yield start + position, data[position:end].removesuffix(b"\r")
-        position = end + 1
+    if document == "paragraph":
+        begin = len(data) - len(data.lstrip(b"\r\n"))
+        for separator in SEPARATOR.finditer(data, begin):
+            yield offset + begin, data[begin : separator.start()].removesuffix(b"\r")
+            begin = separator.end()
+        if begin < len(data):
+            yield offset + begin, data[begin:].removesuffix(b"\n").removesuffix(b"\r")
+        return
+    lines = data.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    for line in lines:
+        yield offset, line[:-1] if line.endswith(b"\r") else line
+        offset += len(line) + 1
 
 
-def _ranges(chunks: Iterator[bytes], unit_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes): lines gathered by the fixed range of `unit_bytes` in which they start."""
-    buffer = bytearray()
-    start = searched = 0  # file offsets: of the buffer's first byte; up to where no cut was found
-    edge = unit_bytes
-    for chunk in chunks:
+def _pieces(chunks: Iterator[bytes], corpus: CorpusConfig, only: int | None = None) -> Iterator[_Piece]:
+    """Cut a file's bytes into pieces by the unit in which their records start; with `only`, those of this unit.
+
+    With `only`, the chunks begin just before its range, most often in the middle of a record of an earlier unit.
+    """
+    document, size = corpus.document, 2**62 if corpus.document == "file" else corpus.unit_bytes
+    buffer, begun, open_record = bytearray(), not only, False
+    start = max(0, (only or 0) * size - (3 if document == "paragraph" else 1))  # offset of the buffer's first byte
+    unit = only or 0
+    for chunk in chain(chunks, [b""]):
         buffer += chunk
-        # a line that starts at `edge` belongs to the next range, so the line feed before it may end this one
-        while cut := buffer.find(b"\n", max(edge - 1, searched) - start) + 1:
-            yield start, bytes(buffer[:cut])
+        final = not chunk
+        if not begun:
+            cut = _next_start(buffer, unit * size - start, document, False)
+            begun = cut >= 0
+            cut = cut if begun else max(0, len(buffer) - 3)
             del buffer[:cut]
             start += cut
-            searched = start
-            edge = (start // unit_bytes + 1) * unit_bytes
-        searched = start + len(buffer)
-    if buffer:
-        yield start, bytes(buffer)
+            if start >= (unit + 1) * size:
+                return  # one record from before it to behind it
+        while begun and buffer:
+            if open_record:
+                cut = _next_start(buffer, 0, document, final)
+                open_record = cut < 0
+                if open_record and (cut := len(buffer) - 3) <= 0:  # a separator may just have begun
+                    break
+                yield _Piece(unit, start, bytes(buffer[:cut]), open_record)
+            else:
+                if start // size != unit and only is not None:
+                    return
+                unit = start // size
+                cut = _next_start(buffer, (unit + 1) * size - start, document, final)
+                cut = cut if cut >= 0 else _last_start(buffer, document)
+                if cut:
+                    yield _Piece(unit, start, bytes(buffer[:cut]))
+                else:
+                    open_record = len(buffer) > corpus.max_document_bytes
+                    if not open_record:
+                        break
+            del buffer[:cut]
+            start += cut
 
 
-def _chunks(source: Source, progress: Callable[[int], None]) -> Iterator[bytes]:
-    """The decompressed bytes of a file.
+def _next_start(buffer: bytearray, low: int, document: str, final: bool) -> int:
+    """The first place from `low` on where a record starts behind another; -1 if none is seen. A file's end is one."""
+    if low <= len(buffer):
+        if document in ("line", "jsonl") and (found := buffer.find(b"\n", max(low - 1, 0))) >= 0:
+            return found + 1
+        if document == "paragraph":
+            for separator in SEPARATOR.finditer(buffer, max(low - 3, 0)):
+                if separator.end() >= low and (final or separator.end() < len(buffer)):  # it may go on
+                    return separator.end()
+    return len(buffer) if final else -1
+
+
+def _last_start(buffer: bytearray, document: str) -> int:
+    """The last place where a record starts behind another; 0 if there is none."""
+    if document == "paragraph":
+        end = len(buffer.rstrip(b"\r\n"))
+        found = max(buffer.rfind(b"\n\n", 0, end), buffer.rfind(b"\n\r\n", 0, end))
+        separator = SEPARATOR.match(buffer, found) if found >= 0 else None
+        return separator.end() if separator else 0
+    return 0 if document == "file" else buffer.rfind(b"\n") + 1
+
+
+def _chunks(source: Source, offset: int = 0) -> Iterator[bytes]:
+    """The decompressed bytes of a file, from an offset on if it is not compressed.
 
     Raises:
-        UserError: the file is damaged, ends in the middle, or vanishes.
+        _DamagedError: the file is damaged, or ends in the middle.
+        UserError: it cannot be read, or vanished.
     """
     try:
-        with source.open() as raw:
-            reader = _reader(raw, source.path)
-            seen = 0
-            while chunk := next(reader, b""):
-                yield chunk
-                progress(raw.tell() - seen)
-                seen = raw.tell()
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{source.path}: cannot be read to its end ({error}); fetch or compress it again") from error
+        with source.file as raw:
+            if offset:
+                raw.seek(offset)
+            yield from _reader(raw, source.path)
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, ValueError) as error:
+        raise _DamagedError(f"cannot be read to its end: {error}") from error
+    except OSError as error:
+        raise UserError(f"{source.path}: cannot be read ({error.strerror or error})") from error
 
 
 def _reader(raw: IO[bytes], path: str) -> Iterator[bytes]:
@@ -228,7 +469,46 @@ def _zstd(raw: IO[bytes]) -> Iterator[bytes]:
         data = b""
         if frame.eof:
             data, frame = frame.unused_data, None
-        if chunk:
-            yield chunk
+        for start in range(0, len(chunk), CHUNK_BYTES):  # a megabyte may hold a thousand times as much
+            yield chunk[start : start + CHUNK_BYTES]
     if frame is not None:
         raise EOFError("the last zstd frame is cut short")
+
+
+def _row_groups(source: Source, corpus: CorpusConfig) -> Iterator[tuple[int, Iterator[Item]]]:
+    """The row groups of a parquet file; a record's offset is its row."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{source.path}: reading parquet needs pyarrow; pip install 'rnnlm[parquet]'") from error
+
+    def documents(group: int, row: int) -> Iterator[Item]:
+        try:
+            for batch in file.iter_batches(ROWS, row_groups=[group], columns=[corpus.field], use_threads=False):
+                for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                    if value is None:
+                        yield _reject(source, row, "missing field", "mend it", corpus)
+                    else:
+                        yield _document(source, row, value, False, corpus)
+                    row += 1
+        except (pyarrow.ArrowException, OSError) as error:
+            yield _reject(source, row, f"damaged file ({error})", "fetch it again", corpus)
+
+    with source.file as raw:
+        try:
+            file = pyarrow.parquet.ParquetFile(raw)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise _DamagedError(str(error)) from error
+        names = file.schema_arrow.names
+        if corpus.field not in names or not _is_text(file.schema_arrow.field(corpus.field).type):
+            raise UserError(f"{source.path}: has no text column corpus.field={corpus.field}; its columns: {names}")
+        row = 0
+        for group in range(file.num_row_groups):
+            yield group, documents(group, row)
+            row += file.metadata.row_group(group).num_rows
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow.types
+
+    return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_binary(kind))

@@ -17,431 +17,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from rnnlm.tokenizer import META, Tokenizer, token_dtype
+from rnnlm.words import (
+    BLOCK,
+    FIRST,
+    LAST,
+    MAX_SPELLED,
+    Speller,
+    find_words,
+    index_pieces,
+    keep_first,
+    spell_words,
+    write_ids,
+)
 
 BATCH_BYTES = 2**17  # of text looked up at once: what is written then still lies in the cache when it is read
 TABLE_SLOTS = 2**21  # of 32 bytes, so that none lies in two cache lines
 MAX_WORDS = TABLE_SLOTS // 2  # held at once; beyond, the first quarter stays: the frequent ones come early
 KEY_BYTES = 2**24  # of text of those words
-INLINE_BYTES = 15  # words up to this are compared in two registers, longer ones by hash and then byte by byte
-MAX_SPELLED = 64  # bytes of a word that is spelt here; longer ones are SentencePiece's
-BLOCK = 512  # words found before they are looked up together, so that their cache misses overlap
 WHITE = (9, 10, 11, 12, 13, 32)  # a word may end at these, if the model makes spaces of them
-FIRST, LAST = 1, 2  # what a word's ids may depend on besides its bytes: it opens the text; it is spaces that end it
-
 Array = npt.NDArray[Any]
-U = np.uint64
-ONES, HIGHS = U(0x0101010101010101), U(0x8080808080808080)
-HASHED = U(0x80) << U(56)  # marks the keys of long words; kind and length of a short one stay below
-HIGH_BITS, LOW_BITS = U(0xFFFFFF) << U(40), (U(1) << U(40)) - U(1)
-
-
-class Speller(NamedTuple):
-    """A BPE model as arrays; pieces are numbered from 1."""
-
-    table: Array  # open addressing: the high 24 bits of a piece's hash, and its number
-    spellings: Array  # UTF-8 of all pieces
-    ends: Array  # where each ends; 0 for the piece 0 that is not
-    ids: Array
-    scores: Array
-    single: Array  # (128,) the piece of an ASCII character, or -1
-    double: Array  # (128, 128) that of two
-    byte_ids: Array  # (256,), or (0,) without byte fallback
-    ascii: Array  # (128,) what an ASCII character before another one becomes; 0: see the rules
-    units: Array  # normalisation rules: the trie's units, or none
-    targets: Array  # what they write, each ended by 0
-    dummy_prefix: bool
-
-
-@numba.njit(inline="always")
-def _load(data: Array, place: int) -> Any:
-    """Eight bytes, the first one lowest."""
-    word = U(0)
-    for shift in range(8):
-        word |= U(data[place + shift]) << U(8 * shift)
-    return word
-
-
-@numba.njit(inline="always")
-def _mix(value: Any) -> Any:
-    """A bijection that spreads every bit over the low ones."""
-    value ^= value >> U(32)
-    value *= U(0xD6E8FEB86659FD93)  # a 64-bit prime with about half its bits set, as the next two
-    return value ^ (value >> U(32))
-
-
-@numba.njit(inline="always")
-def _hash(low: Any, high: Any) -> Any:
-    return _mix((low * U(0x9E3779B97F4A7C15)) ^ (high * U(0xC2B2AE3D27D4EB4F)))
-
-
-@numba.njit(inline="always")
-def _before_low(word: Any) -> int:
-    """How many of eight bytes stand before the first that is at most 32; 8 if none is."""
-    low = (word - ONES * U(33)) & ~word & HIGHS  # the lowest flag is exact: no borrow comes from below it
-    below = ((low & (U(0) - low)) - U(1)) >> U(7)
-    return np.int64(((below & ONES) * ONES) >> U(56)) if low != U(0) else 8
-
-
-@numba.njit(inline="always")
-def _word_end(data: Array, place: int, end: int, white: Array) -> int:
-    """The first white byte from `place` on, or `end`."""
-    while place < end:
-        size = _before_low(_load(data, place))
-        place += size
-        if size < 8:
-            if place >= end or white[data[place]]:
-                break
-            place += 1
-    return min(place, end)
-
-
-@numba.njit(inline="always")
-def _key(data: Array, start: int, end: int, kind: int) -> tuple[Any, Any]:
-    """Two registers that stand for a word: its bytes if it is short, else a hash and its length."""
-    length = end - start
-    low = _load(data, start)
-    high = U(0)
-    if length < 8:
-        low &= (U(1) << U(8 * length)) - U(1)
-    elif length > 8:
-        high = _load(data, start + 8)
-        if length <= INLINE_BYTES:
-            high &= (U(1) << U(8 * (length - 8))) - U(1)
-    if length > INLINE_BYTES:
-        value = _mix(low ^ _mix(high + U(length)))
-        for place in range(start + 16, end, 8):
-            word = _load(data, place)
-            if end - place < 8:
-                word &= (U(1) << U(8 * (end - place))) - U(1)
-            value = _mix(value ^ word) + ONES
-        return value, HASHED | U(kind) << U(60) | U(length)
-    return low, high | U(kind << 4 | length) << U(56)
-
-
-@numba.njit(inline="always")
-def _same(data: Array, start: int, keys: Array, offset: int, length: int) -> bool:
-    for place in range(length):
-        if data[start + place] != keys[offset + place]:
-            return False
-    return True
-
-
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
-def _find(
-    data: Array, starts: Array, ends: Array, flags: int, white: Array, keep_runs: bool, marked: bool, table: Array,
-    keys: Array, key_ends: Array, kinds: Array, counts: Array, words: Array, found: Array, block: Array,
-) -> None:  # fmt: skip
-    """Write the entry of each word of each text to `words`, how many to `found`; new words become entries.
-
-    Args: data: texts, each followed by a space, and 24 more spaces; flags: FIRST | LAST, whether the texts open and
-    end their documents; keep_runs: a word begins with the spaces before it; marked: the first word is another key than
-    the same word later; counts: entries and bytes of keys, so far.
-    """
-    mask = U(len(table) - 1)
-    written = 0
-    for text in range(len(starts)):
-        place, end, begun = starts[text], ends[text], written
-        opens = (flags & FIRST) != 0
-        while place < end:
-            filled = 0
-            while filled < BLOCK:
-                run = place
-                while place < end and white[data[place]]:
-                    place += 1
-                if place >= end:
-                    if not keep_runs or run == end or (flags & LAST) == 0:
-                        break
-                start = run if keep_runs else place
-                kind = (FIRST if opens and marked else 0) | (LAST if place >= end else 0)
-                opens = False
-                word = _load(data, place)
-                size = _before_low(word)
-                length = place + size - start
-                if length < 8 and size < 8 and white[data[place + size]]:  # most words
-                    if keep_runs:
-                        word = _load(data, start)
-                    block[filled, 0] = word & ((U(1) << U(8 * length)) - U(1))
-                    block[filled, 1] = U(kind << 4 | length) << U(56)
-                    place += size
-                else:
-                    place = _word_end(data, place, end, white)
-                    block[filled, 0], block[filled, 1] = _key(data, start, place, kind)
-                block[filled, 2], block[filled, 3] = U(start), U(place)
-                filled += 1
-            for item in range(filled):  # no branch depends on another word here: the processor looks up many at once
-                slot = np.int64(_hash(block[item, 0], block[item, 1]) & mask)
-                hit = table[slot, 0] == block[item, 0] and table[slot, 1] == block[item, 1]
-                short = block[item, 1] < HASHED
-                words[written + item] = np.int32(table[slot, 2]) if hit and short else np.int32(-1)
-            for item in range(filled):
-                if words[written + item] >= 0:
-                    continue
-                low, high = block[item, 0], block[item, 1]
-                start, stop = np.int64(block[item, 2]), np.int64(block[item, 3])
-                slot = np.int64(_hash(low, high) & mask)
-                while table[slot, 1] != U(0):
-                    entry = np.int64(table[slot, 2])
-                    if table[slot, 0] == low and table[slot, 1] == high:
-                        offset = key_ends[entry - 1] if entry else 0
-                        if high < HASHED or _same(data, start, keys, offset, stop - start):
-                            break
-                    slot = (slot + 1) & np.int64(mask)
-                else:
-                    entry = counts[0]
-                    table[slot, 0], table[slot, 1], table[slot, 2] = low, high, U(entry)
-                    keys[counts[1] : counts[1] + stop - start] = data[start:stop]
-                    counts[0] += 1
-                    counts[1] += stop - start
-                    key_ends[entry] = counts[1]
-                    kinds[entry] = (high >> U(60)) & U(3)
-                words[written + item] = entry
-            written += filled
-            if filled < BLOCK:
-                break
-        found[text] = written - begun
-
-
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
-def _keep_first(table: Array, entries: int) -> None:
-    """Rebuild the table with its first entries alone, in place of all: linear probing allows no holes."""
-    kept = np.empty((entries, 3), np.uint64)
-    for slot in range(len(table)):
-        if table[slot, 1] != U(0) and table[slot, 2] < U(entries):
-            kept[table[slot, 2]] = table[slot, :3]
-    table[:] = U(0)
-    mask = U(len(table) - 1)
-    for entry in range(entries):
-        slot = np.int64(_hash(kept[entry, 0], kept[entry, 1]) & mask)
-        while table[slot, 1] != U(0):
-            slot = (slot + 1) & np.int64(mask)
-        table[slot, :3] = kept[entry]
-
-
-@numba.njit(inline="always")
-def _piece(text: Array, start: int, end: int, speller: Speller) -> int:
-    """The place in the speller of the piece text[start:end], or -1."""
-    low, high = _key(text, start, end, 0)
-    value = _hash(low, high)
-    mask = len(speller.table) - 1
-    slot = np.int64(value) & mask
-    while speller.table[slot] != U(0):
-        if ((speller.table[slot] ^ value) & HIGH_BITS) == U(0):
-            entry = np.int64(speller.table[slot] & LOW_BITS)
-            first = speller.ends[entry - 1]
-            if speller.ends[entry] - first == end - start and _same(text, start, speller.spellings, first, end - start):
-                return entry
-        slot = (slot + 1) & mask
-    return -1
-
-
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
-def _index(speller: Speller) -> None:
-    """Fill the table: the high bits of a piece's hash, and its place."""
-    mask = len(speller.table) - 1
-    for entry in range(1, len(speller.ends)):
-        low, high = _key(speller.spellings, speller.ends[entry - 1], speller.ends[entry], 0)
-        value = _hash(low, high)
-        slot = np.int64(value) & mask
-        while speller.table[slot] != U(0):
-            slot = (slot + 1) & mask
-        speller.table[slot] = (value & HIGH_BITS) | U(entry)
-
-
-@numba.njit(inline="always")
-def _normalized(word: Array, place: int, end: int, written: int, out: Array, speller: Speller) -> Any:
-    """Apply the longest rule at `place`, or copy one character; (next place, bytes in `out`)."""
-    units, targets = speller.units, speller.targets
-    longest = target = np.int64(0)
-    if len(units):
-        node = (units[0] >> 10) << ((units[0] & 0x200) >> 6)
-        for reach in range(place, end):
-            node ^= word[reach]
-            if node >= len(units) or (units[node] & 0x800000FF) != word[reach]:
-                break
-            leaf = (units[node] >> 8) & 1
-            node ^= (units[node] >> 10) << ((units[node] & 0x200) >> 6)
-            if leaf:
-                longest, target = reach + 1 - place, units[node] & 0x7FFFFFFF
-    if longest:
-        while targets[target] != 0:
-            out[written] = targets[target]
-            written += 1
-            target += 1
-        return place + longest, written
-    lead = word[place]
-    size = 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-    for step in range(size):
-        out[written + step] = word[place + step]
-    return place + size, written + size
-
-
-@numba.njit(inline="always")
-def _count_words(text: Array, start: int, end: int) -> int:
-    """len(text.split()) of str.split: between Unicode's white space; -1 if there is a NUL."""
-    count, inside, place = 0, False, start
-    while place < end:
-        byte, size, white = text[place], 1, False
-        if byte < 0x80:
-            white = byte == 32 or 9 <= byte <= 13 or 28 <= byte <= 31
-            if byte == 0:
-                return -1
-        elif byte < 0xE0:
-            size = 2
-            white = byte == 0xC2 and (text[place + 1] == 0x85 or text[place + 1] == 0xA0)
-        elif byte < 0xF0:
-            size = 3
-            second, third = text[place + 1], text[place + 2]
-            if byte == 0xE2 and second == 0x80:
-                white = third <= 0x8A or third == 0xA8 or third == 0xA9 or third == 0xAF
-            else:
-                white = (byte == 0xE1 and second == 0x9A and third == 0x80) or (
-                    (byte == 0xE2 and second == 0x81 and third == 0x9F)
-                    or (byte == 0xE3 and second == 0x80 and third == 0x80)
-                )
-        else:
-            size = 4
-        count += not white and not inside
-        inside = not white
-        place += size
-    return count
-
-
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
-def _spell(
-    keys: Array, key_ends: Array, kinds: Array, first: int, last: int, white: Array, speller: Speller,
-    entries: Array, ids: Array, used: int,
-) -> int:  # fmt: skip
-    """Encode the new entries that are plain: rules leave no white space in them, pieces are found by BPE's merges.
-
-    Of two adjacent symbols those whose piece has the highest score become one, the leftmost of equals first, until no
-    two make a piece (Sennrich et al. 2016, section 3.2; SentencePiece's bpe_model.cc). Others get the size -2.
-    """
-    text = np.zeros(8 * MAX_SPELLED, np.uint8)
-    begins = np.zeros(MAX_SPELLED + 1, np.int64)
-    piece = np.zeros(MAX_SPELLED + 1, np.int64)  # of each symbol
-    pair = np.zeros(MAX_SPELLED + 1, np.int64)  # of each symbol and the next
-    for entry in range(first, last):
-        start, end, kind = key_ends[entry - 1] if entry else 0, key_ends[entry], kinds[entry]
-        entries[entry, 1] = -2
-        if end - start > MAX_SPELLED or kind & LAST:
-            continue
-        spaces = 0
-        while start < end and white[keys[start]]:
-            start, spaces = start + 1, spaces + 1
-        if not kind & FIRST:
-            spaces = max(spaces, 1)
-        elif speller.dummy_prefix:
-            spaces += 1
-        count = _count_words(keys, start, end)
-        if count < 0 or spaces > 8:
-            continue
-        size = 0
-        for _ in range(spaces):
-            text[size], text[size + 1], text[size + 2] = 0xE2, 0x96, 0x81
-            size += 3
-        bare, place = size, start
-        while place < end and size <= 4 * MAX_SPELLED:
-            byte = keys[place]
-            if byte < 0x80 and speller.ascii[byte] and (place + 1 == end or keys[place + 1] < 0x80):
-                text[size] = speller.ascii[byte]
-                place, size = place + 1, size + 1
-            else:
-                place, size = _normalized(keys, place, end, size, text, speller)
-        if place < end or size == bare:
-            continue
-        count_symbols, plain, place = 0, True, 0
-        while place < size and count_symbols < MAX_SPELLED:
-            lead = text[place]
-            if place >= bare and (
-                lead == 32 or (lead == 0xE2 and text[place + 1] == 0x96 and text[place + 2] == 0x81)
-            ):
-                plain = False
-            begins[count_symbols] = place
-            place += 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-            piece[count_symbols] = speller.single[lead] if lead < 0x80 else _piece(text, begins[count_symbols], place, speller)
-            count_symbols += 1
-        if place != size or not plain:
-            continue
-        begins[count_symbols] = size
-        symbols = count_symbols
-        for item in range(symbols - 1):
-            first_byte, second_byte = text[begins[item]], text[begins[item + 1]]
-            if first_byte < 0x80 and second_byte < 0x80:
-                pair[item] = speller.double[first_byte, second_byte]
-            else:
-                pair[item] = _piece(text, begins[item], begins[item + 2], speller)
-        while True:
-            best, best_score = -1, np.float32(0)
-            for item in range(symbols - 1):
-                if pair[item] >= 0 and (best < 0 or speller.scores[pair[item]] > best_score):
-                    best, best_score = item, speller.scores[pair[item]]
-            if best < 0:
-                break
-            piece[best] = pair[best]
-            symbols -= 1
-            for item in range(best + 1, symbols):
-                begins[item], piece[item], pair[item] = begins[item + 1], piece[item + 1], pair[item + 1]
-            begins[symbols] = size
-            for item in range(max(best - 1, 0), min(best + 1, symbols - 1)):
-                pair[item] = _piece(text, begins[item], begins[item + 2], speller)
-        written = used
-        for item in range(symbols):
-            if piece[item] >= 0:
-                ids[written] = speller.ids[piece[item]]
-                written += 1
-            elif len(speller.byte_ids):
-                for place in range(begins[item], begins[item + 1]):
-                    ids[written] = speller.byte_ids[text[place]]
-                    written += 1
-            else:
-                written = -1
-                break
-        if written < 0:
-            continue
-        entries[entry, 0], entries[entry, 1], entries[entry, 2] = used, written - used, count
-        used = written
-    return used
-
-
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
-def _expand(
-    words: Array, found: Array, entries: Array, ids: Array, eos: int, out: Array, tokens: Array, counted: Array
-) -> int:  # fmt: skip
-    """Write the ids of all words, and EOS behind each text if >= 0; per text how many ids, and words of str.split.
-
-    A text with an entry whose ids depend on what follows it gets -1 tokens, and no ids.
-    """
-    place = written = 0
-    for text in range(len(found)):
-        begun, total = written, 0
-        for word in words[place : place + found[text]]:
-            first, size = entries[word, 0], entries[word, 1]
-            if size < 0:
-                written, total = begun, 0
-                break
-            for step in range(4):  # four always, more if need be: the usual word then costs no branch
-                out[written + step] = ids[first + step]
-            for step in range(4, size):
-                out[written + step] = ids[first + step]
-            written += size
-            total += entries[word, 2]
-        else:
-            if eos >= 0:
-                out[written] = eos
-                written += 1
-            tokens[text], counted[text] = written - begun, total
-            place += found[text]
-            continue
-        tokens[text], counted[text] = -1, 0
-        place += found[text]
-    return written
 
 
 def why_not(tokenizer: Tokenizer) -> str:
@@ -539,7 +139,7 @@ def _speller(tokenizer: Tokenizer) -> Speller | None:
         targets=np.frombuffer(rules[4 + size :], np.uint8),
         dummy_prefix=model.normalizer_spec.add_dummy_prefix,
     )
-    _index(speller)
+    index_pieces(speller)
     return speller
 
 
@@ -679,7 +279,7 @@ class Encoder:
         if (tokens < 0).any():
             places = np.cumsum(np.maximum(tokens, 0))
             odd = np.flatnonzero(tokens < 0)
-            whole = [self._whole([documents[index]]) for index in odd]
+            whole = [self._whole([documents[index]]) for index in odd.tolist()]
             ids = np.insert(ids, np.repeat(places[odd], [len(part[0]) for part in whole]), _join(whole)[0])
             tokens[odd], words[odd] = _join(whole)[1:]
         return ids, tokens, words
@@ -700,7 +300,7 @@ class Encoder:
         ends = np.cumsum(lengths + 1) - 1
         words = np.empty(len(data) // 2 + BLOCK, np.int32)
         found = np.empty(len(texts), np.int64)
-        _find(
+        find_words(
             data, ends - lengths, ends, flags, self._white, self._keep_runs, self._marked, self._table, self._keys,
             self._key_ends, self._kinds, self._counts, words, found, self._block,
         )  # fmt: skip
@@ -708,7 +308,7 @@ class Encoder:
         words = words[: int(found.sum())]
         out = np.empty(int(np.maximum(self._entries[:, 1][words], 0).sum()) + len(texts) + 4, self.dtype)
         tokens, counted = np.empty(len(texts), np.int64), np.empty(len(texts), np.int64)
-        size = _expand(words, found, self._entries, self._ids, eos, out, tokens, counted)
+        size = write_ids(words, found, self._entries, self._ids, eos, out, tokens, counted)
         return out[:size], tokens, counted
 
     def _fill(self) -> None:
@@ -721,7 +321,7 @@ class Encoder:
         if self._speller is None:
             self._entries[first:last, 1] = -2
         else:
-            self._used = _spell(
+            self._used = spell_words(
                 self._keys, self._key_ends, self._kinds, first, last, self._white, self._speller, self._entries,
                 self._ids, self._used,
             )  # fmt: skip
@@ -751,7 +351,7 @@ class Encoder:
         if self._counts[0] <= MAX_WORDS and self._counts[1] <= KEY_BYTES:
             return
         kept = min(MAX_WORDS // 4, int(np.searchsorted(self._key_ends[: self._filled], KEY_BYTES // 4)))
-        _keep_first(self._table, kept)
+        keep_first(self._table, kept)
         self._filled = kept
         self._used = int((self._entries[:kept, 0] + np.maximum(self._entries[:kept, 1], 0)).max(initial=0))
         self._counts[:] = kept, self._key_ends[kept - 1] if kept else 0

@@ -4,6 +4,7 @@
     tokenizer.model      the model that made the tokens
     shard-00000.npy ...  tokens, all documents in order, each ended by EOS; uint16, or uint32 above 65,536 pieces
     documents.npy        int64 (documents, 3): running totals of tokens, UTF-8 bytes of the text, words
+    rejected.jsonl       if any record was rejected or mended: {"file", "at", "reason"} a line; `at` is a byte or a row
 
 Everything is plain `.npy`, so ten lines of numpy read it. A file's digest is over the bytes behind its header, since
 the header holds the final count; the header is compared with the only one that dtype and count allow. The price of
@@ -15,11 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ from rnnlm.config import UserError
 from rnnlm.tokenizer import Tokenizer, token_dtype
 
 FORMAT = "rnnlm-stream"
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 128  # numpy pads headers to 64; ours always fit into 128
 READ_BYTES = 2**22
 MAPPED_SHARDS = 512  # at once: each holds a file descriptor, of which a process has 1,024
@@ -54,10 +54,12 @@ class Manifest:
     text_bytes: int
     words: int
     unknown_tokens: int  # always 0 with byte fallback; a foreign tokenizer may lose text
-    records: Mapping[str, int]  # read = kept + empty + rejected, each rejection under its reason
+    records: Mapping[str, int]  # read = kept + empty + duplicate + rejected, each rejection under its reason
+    mended: int  # of those kept: documents with U+FFFD in place of invalid UTF-8
     source: Mapping[str, Any]  # what it was built from: same source, same stream
     shards: list[dict[str, Any]]  # name, tokens, sha256
     documents_sha256: str
+    rejected_sha256: str  # of rejected.jsonl; empty if there is none
     digest: str = ""
 
     def to_json(self) -> str:
@@ -125,121 +127,52 @@ def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + text
 
 
-class _ArrayFile:
-    """An `.npy` file that grows: the header's place is kept free until the length is known."""
-
-    def __init__(self, path: Path, dtype: str, columns: tuple[int, ...] = ()):
-        self.path, self.dtype, self.columns, self.rows = path, dtype, columns, 0
-        self._file: IO[bytes] = path.open("wb")
-        self._file.write(bytes(HEADER_BYTES))
-        self._sha256 = hashlib.sha256()
-
-    def append(self, array: npt.NDArray[Any]) -> None:
-        data = np.ascontiguousarray(array, dtype=self.dtype).tobytes()
-        self._file.write(data)  # not through a memmap: a full disk is then an error, not a SIGBUS
-        self._sha256.update(data)
-        self.rows += len(array)
-
-    def close(self) -> str:
-        """Finish the file durably; its digest."""
-        self._file.seek(0)
-        self._file.write(_npy_header(self.dtype, (self.rows, *self.columns)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return self._sha256.hexdigest()
-
-    def abandon(self) -> None:
-        """Close without finishing."""
-        self._file.close()
+def write_array(path: Path, parts: Iterable[npt.NDArray[Any]], dtype: str, columns: tuple[int, ...] = ()) -> Any:
+    """Write arrays one behind the other as one `.npy` file that gets its name when it is on disk; (rows, sha256)."""
+    partial, rows, sha256 = path.with_name(f".{path.name}.{os.getpid()}"), 0, hashlib.sha256()
+    with partial.open("wb") as file:
+        file.write(bytes(HEADER_BYTES))  # until the length is known
+        for part in parts:
+            data = np.ascontiguousarray(part, dtype=dtype).reshape(-1).view(np.uint8).data
+            file.write(data)  # not through a memmap: a full disk is then an error, not a SIGBUS
+            sha256.update(data)
+            rows += len(part)
+        file.seek(0)
+        file.write(_npy_header(dtype, (rows, *columns)))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return rows, sha256.hexdigest()
 
 
-class StreamWriter:
-    """Writes one stream under `<directory>.partial`; commit() gives it its name, leaving `with` removes the rest.
+def write_shard(path: Path, parts: Iterable[Tokens], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Write tokens as a shard: its entry in the manifest, and how many `unknown` tokens are in it.
 
-    Units are appended in corpus order by one writer, so the bytes do not depend on who encoded them.
+    Raises:
+        StreamError: a token outside the vocabulary (it is never wrapped into the dtype).
     """
+    unknown = 0
 
-    def __init__(self, directory: Path, tokenizer: Tokenizer, shard_tokens: int):
-        self.directory, self.tokenizer, self.shard_tokens = directory, tokenizer, shard_tokens
-        self.partial = directory.with_name(directory.name + ".partial")
-        self.dtype = token_dtype(tokenizer.vocab_size)
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
-        self._documents = _ArrayFile(self.partial / "documents.npy", "<i8", (3,))
-        self._totals = np.zeros(3, dtype=np.int64)
-        self._unknown = 0
-        self._shards: list[dict[str, Any]] = []
-        self._shard: _ArrayFile | None = None
+    def checked() -> Iterator[Tokens]:
+        nonlocal unknown
+        for part in parts:
+            if len(part) and not 0 <= int(part.min()) <= int(part.max()) < tokenizer.vocab_size:
+                outside = part[(part < 0) | (part >= tokenizer.vocab_size)][0]
+                raise StreamError(f"{path}: token {outside} is outside the vocabulary of {tokenizer.vocab_size}")
+            unknown += int(np.count_nonzero(part == tokenizer.unknown_id))
+            yield part
 
-    @property
-    def tokens(self) -> int:
-        """Tokens appended so far."""
-        return int(self._totals[0])
+    tokens, sha256 = write_array(path, checked(), token_dtype(tokenizer.vocab_size))
+    return {"name": path.name, "tokens": tokens, "sha256": sha256, "unknown": unknown}
 
-    def append(self, tokens: npt.NDArray[Any], documents: npt.NDArray[np.int64]) -> None:
-        """Append whole documents: their tokens, and (documents, 3) their tokens, bytes and words.
 
-        Raises:
-            StreamError: a token outside the vocabulary (it is never wrapped into the dtype).
-        """
-        if len(outside := tokens[(tokens < 0) | (tokens >= self.tokenizer.vocab_size)]):
-            raise StreamError(
-                f"{self.directory}: token {outside[0]} is outside the vocabulary of {self.tokenizer.vocab_size}"
-            )
-        assert int(documents[:, 0].sum()) == len(tokens)
-        self._documents.append(self._totals + np.cumsum(documents, axis=0))
-        self._totals = self._totals + documents.sum(axis=0)
-        self._unknown += int(np.count_nonzero(tokens == self.tokenizer.unknown_id))
-        while len(tokens):
-            if self._shard is None:
-                self._shard = _ArrayFile(self.partial / f"shard-{len(self._shards):05d}.npy", self.dtype)
-            room = self.shard_tokens - self._shard.rows
-            self._shard.append(tokens[:room])
-            tokens = tokens[room:]
-            if self._shard.rows == self.shard_tokens:
-                self._close_shard()
-
-    def _close_shard(self) -> None:
-        if self._shard is not None:
-            digest = self._shard.close()
-            self._shards.append({"name": self._shard.path.name, "tokens": self._shard.rows, "sha256": digest})
-            self._shard = None
-
-    def commit(self, records: Mapping[str, int], source: Mapping[str, Any]) -> Manifest:
-        """Write the manifest, then rename the directory: from then on there is a stream."""
-        self._close_shard()
-        tokens, text_bytes, words = (int(total) for total in self._totals)
-        manifest = Manifest(
-            dtype=self.dtype,
-            vocab_size=self.tokenizer.vocab_size,
-            eos_id=self.tokenizer.eos_id,
-            tokenizer=self.tokenizer.digest,
-            tokens=tokens,
-            documents=self._documents.rows,
-            text_bytes=text_bytes,
-            words=words,
-            unknown_tokens=self._unknown,
-            records=dict(records),
-            source=dict(source),
-            shards=self._shards,
-            documents_sha256=self._documents.close(),
-        )
-        write_durably(self.partial / "tokenizer.model", self.tokenizer.model)
-        write_durably(self.partial / "stream.json", manifest.to_json().encode())
-        fsync_directory(self.partial)
-        self.partial.rename(self.directory)
-        fsync_directory(self.directory.parent)
-        return Manifest.read(self.directory)
-
-    def __enter__(self) -> StreamWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for file in (self._documents, self._shard):
-            if file is not None:
-                file.abandon()
-        shutil.rmtree(self.partial, ignore_errors=True)  # nothing is there after a commit
+def commit(partial: Path, directory: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest beside the files that it names, then rename the directory: from then on there is a stream."""
+    write_durably(partial / "stream.json", manifest.to_json().encode())
+    fsync_directory(partial)
+    partial.rename(directory)
+    fsync_directory(directory.parent)
+    return Manifest.read(directory)
 
 
 class TokenStream:
@@ -361,7 +294,8 @@ class TokenStream:
             raise StreamError(f"{self.directory}: vocabulary size or EOS differ from those of tokenizer.model")
         yield "tokenizer.model", len(tokenizer.model)
         extra = {path.name for path in self.directory.iterdir()} - {shard["name"] for shard in self.manifest.shards}
-        if extra := extra - {"stream.json", "tokenizer.model", "documents.npy"}:
+        known = {"stream.json", "tokenizer.model", "documents.npy"}
+        if extra := extra - known - ({"rejected.jsonl"} if self.manifest.rejected_sha256 else set()):
             raise StreamError(f"{self.directory}: files that are no part of the stream: {', '.join(sorted(extra))}")
         end_of_documents = 0
         for index, shard in enumerate(self.manifest.shards):
@@ -374,6 +308,13 @@ class TokenStream:
             yield shard["name"], tokens.nbytes
         self._verify_documents(end_of_documents)
         yield "documents.npy", 24 * self.manifest.documents
+        if self.manifest.rejected_sha256:
+            path = self.directory / "rejected.jsonl"
+            if not path.is_file():
+                raise StreamError(f"{path}: is missing; copy it again or build the stream again")
+            rejected = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+            self._verify_digest("rejected.jsonl", rejected, self.manifest.rejected_sha256)
+            yield "rejected.jsonl", len(rejected)
 
     def _verify_digest(self, name: str, array: npt.NDArray[Any], expected: str) -> None:
         sha256 = hashlib.sha256()

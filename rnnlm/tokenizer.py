@@ -13,13 +13,14 @@ import heapq
 import io
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
 from rnnlm.config import Config, TokenizerConfig, UserError
-from rnnlm.corpus import Document, documents, fraction_of, sources, units
+from rnnlm.corpus import BadRecordError, Document, LongDocument, fraction_of, jobs, read, sources
 
 META = "\u2581"  # SentencePiece writes a space so
 PIECE_CHARACTERS = 16384  # longer documents enter the sample in pieces, so that none fills it alone
@@ -86,7 +87,7 @@ class Tokenizer:
         """The model itself, as SentencePiece's protocol buffer: pieces, trainer_spec, normalizer_spec."""
         from sentencepiece import sentencepiece_model_pb2
 
-        proto = sentencepiece_model_pb2.ModelProto()
+        proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
         proto.ParseFromString(self.model)
         return proto
 
@@ -153,9 +154,10 @@ class Sample:
             start = end
 
     def _add_piece(self, piece: str) -> None:
-        size = len(piece.encode("utf-8", "surrogatepass"))
+        data = piece.encode()
+        size = len(data)
         self.seen_bytes += size
-        rank = fraction_of(piece, self._seed)
+        rank = fraction_of(data, self._seed)
         if rank >= self._limit:
             return
         heapq.heappush(self._heap, (-rank, piece))
@@ -163,7 +165,7 @@ class Sample:
         while self.kept_bytes > self.max_bytes:
             rank, dropped = heapq.heappop(self._heap)
             self._limit = -rank
-            self.kept_bytes -= len(dropped.encode("utf-8", "surrogatepass"))
+            self.kept_bytes -= len(dropped.encode())
 
     def texts(self) -> list[str]:
         """The sample, in an order that depends on nothing but its texts."""
@@ -216,11 +218,17 @@ def train_on_corpus(config: Config, progress: Callable[[int], None]) -> tuple[To
     sample = Sample(config.tokenizer.sample_bytes, config.tokenizer.seed)
     held_back = Sample(HELD_BACK_BYTES, config.tokenizer.seed)
     share = max(config.stream.valid_fraction, 0.01)
-    for unit in units(sources(config.corpus.train, "corpus.train"), config.corpus, progress):
-        for document in documents(unit, config.corpus):
-            if isinstance(document, Document):
-                held = fraction_of(document.text, config.stream.split_seed) < share
-                (held_back if held else sample).add(document.text)
+    for job in jobs("train", sources(config.corpus.train, "corpus.train"), config.corpus, 1):
+        for _, items in read(job, config.corpus):
+            for item in items:
+                if isinstance(item, Document):
+                    held = fraction_of(item.data, config.stream.split_seed) < share
+                    (held_back if held else sample).add(item.data.decode())
+                elif isinstance(item, LongDocument):
+                    with suppress(BadRecordError):
+                        for part in item.parts:
+                            sample.add(part.decode())
+        progress(job.bytes(config.corpus))
     # a corpus of a few documents may be held back whole
     tokenizer = train(sample.texts() or held_back.texts(), config.tokenizer)
     figures = {

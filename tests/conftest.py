@@ -11,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
 from rnnlm.build import Build
 from rnnlm.config import Config, CorpusConfig, StreamConfig, TokenizerConfig
-from rnnlm.stream import TokenStream
+from rnnlm.stream import Manifest, TokenStream, commit, write_array, write_shard
 from rnnlm.tokenizer import Tokenizer, train
 
 settings.register_profile("untimed", deadline=None)  # machines are noisy, and a slow one is not wrong
@@ -91,6 +92,22 @@ def experiment(streams: Path, tmp_path: Path) -> Path:
         )
     )
     return path
+
+
+def write_stream(directory: Path, tokenizer: Tokenizer, tokens: list[int], shard_tokens: int) -> None:
+    """A stream of one document with these tokens, 5 bytes and 2 words, written by the parts that a build is made of."""
+    partial = directory.with_name(directory.name + ".partial")
+    partial.mkdir()
+    (partial / "tokenizer.model").write_bytes(tokenizer.model)
+    blocks = [np.array(tokens[start : start + shard_tokens]) for start in range(0, len(tokens), shard_tokens)]
+    shards = [write_shard(partial / f"shard-{k:05d}.npy", [block], tokenizer) for k, block in enumerate(blocks)]
+    manifest = Manifest(
+        dtype="<u2", vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, tokenizer=tokenizer.digest,
+        tokens=len(tokens), documents=1, text_bytes=5, words=2, records={"read": 1, "kept": 1}, mended=0, source={},
+        unknown_tokens=sum(shard.pop("unknown") for shard in shards), shards=shards, rejected_sha256="",
+        documents_sha256=write_array(partial / "documents.npy", [np.array([[len(tokens), 5, 2]])], "<i8", (3,))[1],
+    )  # fmt: skip
+    commit(partial, directory, manifest)
 
 
 Door = Callable[..., "subprocess.CompletedProcess[str]"]

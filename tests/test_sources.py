@@ -11,9 +11,17 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command, environment
 
-ORDER = ["config", "corpus", "tokenizer", "stream", "build", "substreams", "cells", "loss", "model", "optim",
-         "evaluate", "generate", "checkpoint", "metrics", "trainer"]  # fmt: skip
-HOMES = {"sentencepiece": "tokenizer", "safetensors": "checkpoint", "accelerate": "trainer", "wandb": "metrics"}
+ORDER = ["config", "corpus", "tokenizer", "words", "encoder", "stream", "units", "build", "substreams", "cells",
+         "loss", "model", "optim", "evaluate", "generate", "checkpoint", "metrics", "trainer"]  # fmt: skip
+HOMES = {
+    "sentencepiece": "tokenizer",
+    "safetensors": "checkpoint",
+    "accelerate": "trainer",
+    "wandb": "metrics",
+    "numba": "words",
+    "pyarrow": "corpus",
+    "distributed": "build",
+}
 SOURCES = sorted(path for folder in ("rnnlm", "launch", "tools") for path in (ROOT / folder).glob("*.py"))
 
 

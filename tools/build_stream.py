@@ -16,7 +16,7 @@ from rnnlm.config import read_config, run_door
 
 def main() -> None:
     """Read the configuration, build, print what was built."""
-    config = read_config(("corpus", "tokenizer", "stream"), __doc__)
+    config = read_config(("corpus", "tokenizer", "stream", "build"), __doc__)
     from rnnlm.build import Build, progress_bar, tokenizer_path
     from rnnlm.tokenizer import Tokenizer
 
