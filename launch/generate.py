@@ -6,7 +6,7 @@ python launch/generate.py --run.directory=runs/imdb --generate.samples=3 --gener
 
 import sys
 
-from rnnlm.config import as_list, read_config, run_door
+from rnnlm.config import UserError, as_list, read_config, run_door
 
 
 def main() -> None:
@@ -20,6 +20,11 @@ def main() -> None:
 
     cuda = torch.cuda.is_available() and config.train.device != "cpu"
     model, tokenizer, found = load_model(config, choose(config), torch.device("cuda" if cuda else "cpu"))
+    if tokenizer is None:
+        raise UserError(
+            f"{found.path}: trained on a stream without a tokenizer, so there is no text; adopt the stream with "
+            "tools/adopt_stream.py --tokenizer=my.model, and train on that"
+        )
     print(f"{found.path}, step {found.state['step']}", file=sys.stderr)
     for prompts in [as_list(config.generate.prompts) or [""]] if asked else iter(_ask, []):
         write_continuations(model, tokenizer, prompts, config.generate, sys.stdout)

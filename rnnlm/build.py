@@ -139,16 +139,20 @@ class Inline(Executor):
 class Workers:
     """Runs tasks on an executor; one whose worker dies is tried again, alone, and the second time set aside."""
 
-    def __init__(self, make: Callable[[], Executor], width: int):
-        self.make, self.width = make, width
+    def __init__(self, make: Callable[[], Executor], width: int, close: Callable[[], None] = lambda: None):
+        self.make, self.width, self.close = make, width, close
         self._executor: Executor | None = None
+        self._running: dict[Future[None], Any] = {}
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *error: object) -> None:
+        for future in self._running:  # what has not begun; what has is let finish
+            future.cancel()
         if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
+            self._executor.shutdown()
+        self.close()
 
     def run(
         self,
@@ -164,7 +168,7 @@ class Workers:
         """
         waiting, suspects, aside = deque(tasks), deque[Any](), list[Any]()
         strikes: Counter[int] = Counter()
-        running: dict[Future[None], Any] = {}
+        running = self._running
         while waiting or suspects or running:
             source, limit = (suspects, 1) if suspects else (waiting, 2 * self.width)
             while source and len(running) < limit:
@@ -350,15 +354,17 @@ class Build:
         work, shared = self.setting.work, self.task[1] > 1
         stamps = [[file.path, file.stamp] for files in self.inputs.values() for file in files]
         described = {**self.source(), "unit_bytes": self.config.corpus.unit_bytes, "stamps": stamps}
-        same = (work / "build.json").is_file() and json.loads((work / "build.json").read_bytes()) == described
-        if shared and not same and (work / "build.json").is_file():
+        found = json.loads((work / "build.json").read_bytes()) if (work / "build.json").is_file() else {}
+        if found.get("on_bad_record") == "fail":  # a unit that is there had none
+            found["on_bad_record"] = self.config.corpus.on_bad_record
+        same = found == described
+        if shared and found and not same:
             raise UserError(f"{work}: tasks of another build are there; wait for them, or remove it")
         if not same and not shared:
             shutil.rmtree(work, ignore_errors=True)
         (work / "units").mkdir(parents=True, exist_ok=True)
-        if not same:
-            write_durably(work / "tokenizer.model", self.tokenizer.model)
-            _write_json(work / "build.json", described)
+        write_durably(work / "tokenizer.model", self.tokenizer.model)
+        _write_json(work / "build.json", described)
         if not shared:
             for leftover in chain(work.glob(".*"), work.glob("*/.*")):
                 leftover.unlink()
@@ -373,7 +379,7 @@ class Build:
             )
         for job in aside:
             begin = job.unit * self.config.corpus.unit_bytes
-            rejected = Rejected(job.sources[0].name, begin, f"its worker was killed ({self._range(job)})")
+            rejected = Rejected(job.sources[0].name, begin, "its worker was killed")
             encoder = Encoder(self.tokenizer)
             write_unit(self.setting.unit(job, job.unit), [rejected], False, self.config, encoder)
 
@@ -547,7 +553,7 @@ def _dask(address: str) -> Workers:
         client: Any = distributed.Client(address)  # type: ignore[no-untyped-call]
     except OSError as error:
         raise UserError(f"build.dask={address}: no scheduler answers there ({error})") from error
-    return Workers(client.get_executor, max(1, sum(client.ncores().values())))
+    return Workers(client.get_executor, max(1, sum(client.ncores().values())), client.close)
 
 
 def parse_task(text: str) -> tuple[int, int]:

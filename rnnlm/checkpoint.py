@@ -204,19 +204,22 @@ def choose(config: Config) -> Path:
     return last.path
 
 
-def load_model(config: Config, path: Path, device: torch.device) -> tuple[RecurrentLM, Tokenizer, Checkpoint]:
-    """The model in a checkpoint of the run, on a device.
+def load_model(config: Config, path: Path, device: torch.device) -> tuple[RecurrentLM, Tokenizer | None, Checkpoint]:
+    """The model in a checkpoint of the run, on a device, and its tokenizer if its stream had one.
 
     Raises:
         UserError: a checkpoint that does not fit the run's configuration or tokenizer.
     """
     found = load(path)
-    tokenizer = Tokenizer.load(Path(config.run.directory) / "tokenizer.model")
-    if tokenizer.digest != found.state.get("tokenizer"):
-        raise CheckpointError(
-            f"{config.run.directory}/tokenizer.model: not that of {path.name}; put the right one back"
-        )
-    model = RecurrentLM(config.model, tokenizer.vocab_size, config.train.seed, config.train.loss_chunk_tokens)
+    tokenizer = None
+    if found.state.get("tokenizer") != "":
+        tokenizer = Tokenizer.load(Path(config.run.directory) / "tokenizer.model")
+        if tokenizer.digest != found.state.get("tokenizer"):
+            raise CheckpointError(
+                f"{config.run.directory}/tokenizer.model: not that of {path.name}; put the right one back"
+            )
+    vocab_size = tokenizer.vocab_size if tokenizer else int(found.state["vocab_size"])
+    model = RecurrentLM(config.model, vocab_size, config.train.seed, config.train.loss_chunk_tokens)
     copy_tensors(dict(model.named_parameters()), found.tensors("model"), path)
     return model.to(device), tokenizer, found
 

@@ -53,7 +53,7 @@ class CorpusConfig:
     on_bad_record: Literal["fail", "skip", "replace"] = "fail"
     """Invalid UTF-8, JSON, compression, a missing field, an oversized document: stop and name file and byte; or skip,
     count and list in rejected.jsonl; replace: mend invalid UTF-8 with U+FFFD, list that too, skip the rest."""
-    max_document_bytes: int = 8 * 2**20
+    max_document_bytes: int = 16 * 2**20
     """Longest document of JSON, of parquet, and of any text if the tokenizer is not a BPE; longer ones are bad."""
     deduplicate: bool = False
     """Keep only the first of documents with the same bytes (by a 128-bit hash), within each of train, valid, test."""

@@ -50,6 +50,10 @@ class Source:
         path: str = self.file.path
         return path
 
+    def open(self) -> Any:
+        """The file, opened for reading bytes; each call a handle of its own."""
+        return self.file.fs.open(self.file.path, "rb")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -90,7 +94,8 @@ class Rejected(NamedTuple):
     reason: str
 
 
-class LongDocument(NamedTuple):
+@dataclass
+class LongDocument:
     """A document above corpus.max_document_bytes, in parts of valid UTF-8 as they are read.
 
     Taking a part may raise BadRecordError; `reject` is for a consumer that cannot take the document.
@@ -100,11 +105,7 @@ class LongDocument(NamedTuple):
     offset: int
     parts: Iterator[bytes]
     reject: Callable[[int], Rejected]  # of its size in bytes
-
-    @property
-    def empty(self) -> Rejected:
-        """What it is if it is white space alone."""
-        return Rejected(self.name, self.offset, "empty")
+    mended: bool = False  # known when all parts are taken
 
 
 Item = Document | LongDocument | Rejected
@@ -142,10 +143,8 @@ def sources(paths: list[str] | str, key: str) -> list[Source]:
                 raise UserError(f"{key}={pattern}: cannot be read ({error.strerror or error})") from error
             if info.get("type") == "directory":
                 raise UserError(f"{key}={pattern}: is a directory; name files, as in {pattern.rstrip('/')}/*.txt")
-            stamp = next(
-                (str(info[field]) for field in ("mtime", "ETag", "LastModified", "updated") if field in info), ""
-            )
-            found.append((file, int(info.get("size") or 0), "".join(stamp[:1])))
+            stamp = next((str(info[name]) for name in ("mtime", "ETag", "LastModified", "updated") if name in info), "")
+            found.append((file, int(info.get("size") or 0), stamp))
     common = posixpath.commonpath([posixpath.dirname(file.path) for file, _, _ in found]) if found else ""
     return [Source(file.path.removeprefix(common).lstrip("/"), size, stamp, file) for file, size, stamp in found]
 
@@ -288,13 +287,17 @@ def _checked(source: Source, offset: int, text: bytes, mended: bool, corpus: Cor
     if not begin or ((begin < b" " or begin >= b"\x80") and text.decode().isspace()):
         return Rejected(source.name, offset, "empty")
     if len(text) > corpus.max_document_bytes:
-        return _oversized(source, offset, len(text), corpus)
+        if corpus.document == "jsonl" or source.path.endswith(".parquet"):
+            return _oversized(source, offset, len(text), corpus)
+        return LongDocument(
+            source.name, offset, iter([text]), partial(_oversized, source, offset, corpus=corpus), mended
+        )
     return Document(source.name, offset, text, mended)
 
 
 def _oversized(source: Source, offset: int, size: int, corpus: CorpusConfig) -> Rejected:
     reason = f"oversized document ({size:,} bytes, corpus.max_document_bytes={corpus.max_document_bytes:,})"
-    return _reject(source, offset, reason, "raise that, at about a hundred bytes of memory per byte", corpus)
+    return _reject(source, offset, reason, "raise that, if there is memory for some of them", corpus)
 
 
 def _long(first: _Piece, pieces: Iterator[_Piece], source: Source, corpus: CorpusConfig) -> Iterator[Item]:
@@ -309,20 +312,34 @@ def _long(first: _Piece, pieces: Iterator[_Piece], source: Source, corpus: Corpu
         yield piece.data.removesuffix(b"\n").removesuffix(b"\r") if ends is None else piece.data.rstrip(ends)
 
     def valid() -> Iterator[bytes]:
-        decoder = codecs.getincrementaldecoder("utf-8")("replace" if corpus.on_bad_record == "replace" else "strict")
-        try:
-            for number, part in enumerate(chain(parts(), [b""])):
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for number, part in enumerate(chain(parts(), [b""])):
+            state = decoder.getstate()
+            try:
                 text = decoder.decode(part, final=not part)
-                yield (text.removeprefix("\ufeff") if number == first.offset == 0 else text).encode()
-        except (UnicodeDecodeError, _DamagedError) as error:
-            what = "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else "damaged file"
-            raise BadRecordError(_reject(source, first.offset, f"{what} ({error})", "mend it", corpus)) from error
+            except UnicodeDecodeError as error:
+                if corpus.on_bad_record != "replace":
+                    refuse(f"invalid UTF-8 ({error})", error)
+                decoder, document.mended = codecs.getincrementaldecoder("utf-8")("replace"), True
+                decoder.setstate(state)
+                text = decoder.decode(part, final=not part)
+            yield (text.removeprefix("\ufeff") if number == first.offset == 0 else text).encode()
+
+    def whole() -> Iterator[bytes]:
+        try:
+            yield from valid()
+        except _DamagedError as error:
+            refuse(f"damaged file ({error})", error)
+
+    def refuse(reason: str, error: Exception) -> None:
+        raise BadRecordError(_reject(source, first.offset, reason, "mend it", corpus)) from error
 
     if corpus.document == "jsonl":
         yield _oversized(source, first.offset, sum(map(len, parts())), corpus)
     else:
-        refuse = partial(_oversized, source, first.offset, corpus=corpus)
-        document = LongDocument(source.name, first.offset, valid(), refuse)
+        document = LongDocument(
+            source.name, first.offset, whole(), partial(_oversized, source, first.offset, corpus=corpus)
+        )
         yield document
         with suppress(BadRecordError):
             for _ in document.parts:  # what the consumer left
@@ -431,7 +448,7 @@ def _chunks(source: Source, offset: int = 0) -> Iterator[bytes]:
         UserError: it cannot be read, or vanished.
     """
     try:
-        with source.file as raw:
+        with source.open() as raw:
             if offset:
                 raw.seek(offset)
             yield from _reader(raw, source.path)
@@ -494,7 +511,7 @@ def _row_groups(source: Source, corpus: CorpusConfig) -> Iterator[tuple[int, Ite
         except (pyarrow.ArrowException, OSError) as error:
             yield _reject(source, row, f"damaged file ({error})", "fetch it again", corpus)
 
-    with source.file as raw:
+    with source.open() as raw:
         try:
             file = pyarrow.parquet.ParquetFile(raw)
         except (pyarrow.ArrowException, OSError) as error:

@@ -30,6 +30,7 @@ from rnnlm.words import (
     MAX_SPELLED,
     Speller,
     find_words,
+    index_pairs,
     index_pieces,
     keep_first,
     spell_words,
@@ -117,10 +118,11 @@ def _speller(tokenizer: Tokenizer) -> Speller | None:
         return None
     ids = [token for token, piece in enumerate(model.pieces) if piece.type == plain]
     spellings = [model.pieces[token].piece.encode() for token in ids]
-    single, double = np.full(128, -1), np.full((128, 128), -1)
+    scores = np.unique(np.array([model.pieces[token].score for token in ids], np.float32), return_inverse=True)[1]
+    single = np.zeros(128, np.int64)
     for number, spelling in enumerate(spellings, 1):
-        if spelling.isascii() and len(spelling) <= 2:
-            (single if len(spelling) == 1 else double)[tuple(spelling)] = number
+        if spelling.isascii() and len(spelling) == 1:
+            single[spelling[0]] = number
     rules = model.normalizer_spec.precompiled_charsmap
     size = int.from_bytes(rules[:4], "little")
     pairs = any(byte < 128 for byte in _rule_bytes(rules)[1])  # a rule for two ASCII characters: none is alone
@@ -130,16 +132,20 @@ def _speller(tokenizer: Tokenizer) -> Speller | None:
         spellings=np.frombuffer(b"".join(spellings) + bytes(24), np.uint8),
         ends=np.cumsum([0, *map(len, spellings)]),
         ids=np.array([0, *ids]),
-        scores=np.array([0, *(model.pieces[token].score for token in ids)], np.float32),
+        ranks=np.concatenate([[0], 256 * (1 + scores)]).astype(np.int32),
         single=single,
-        double=double,
+        pairs=np.zeros(1 << (2 * sum(map(len, spellings))).bit_length(), np.uint64),
         byte_ids=np.array([bytewise[f"<0x{byte:02X}>"] for byte in range(256)] if bytewise else [], np.int64),
         ascii=np.array(ascii, np.uint8),
         units=np.frombuffer(rules, "<u4", size // 4, offset=4).astype(np.int64) if rules else np.empty(0, np.int64),
         targets=np.frombuffer(rules[4 + size :], np.uint8),
         dummy_prefix=model.normalizer_spec.add_dummy_prefix,
     )
-    index_pieces(speller)
+    if not index_pieces(speller):
+        return None
+    pairs = speller.pairs[speller.pairs != 0]
+    speller = speller._replace(pairs=np.zeros(1 << (2 * len(pairs)).bit_length(), np.uint64))  # the smaller, the faster
+    index_pairs(pairs, speller.pairs)
     return speller
 
 

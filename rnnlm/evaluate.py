@@ -30,8 +30,8 @@ class Evaluation:
 
     nats: float
     scored_tokens: int
-    words: int  # separated by white space; a document's end counts as one where EOS does
-    text_bytes: int  # UTF-8 bytes of the original text, before any normalisation, EOS not counted
+    words: int | None  # separated by white space; a document's end counts as one where EOS does; None: unknown
+    text_bytes: int | None  # UTF-8 bytes of the original text, before any normalisation, EOS not counted
     documents: int
     count_eos: bool
     batch_size: int
@@ -42,12 +42,15 @@ class Evaluation:
         return self.nats / self.scored_tokens
 
     def to_dict(self) -> dict[str, Any]:
-        """All counts and figures: loss (nats per token), perplexities per token and word, bits per byte."""
+        """All counts and figures: loss (nats per token), perplexities per token and word, bits per byte.
+
+        None for those of words and bytes where the stream does not know its text.
+        """
         figures = {
             "loss": self.loss,
             "token_perplexity": exp(self.loss),
-            "word_perplexity": exp(self.nats / self.words),
-            "bits_per_byte": self.nats / math.log(2) / self.text_bytes,
+            "word_perplexity": exp(self.nats / self.words) if self.words else None,
+            "bits_per_byte": self.nats / math.log(2) / self.text_bytes if self.text_bytes else None,
         }
         return {**figures, **asdict(self)}
 
@@ -88,12 +91,12 @@ def evaluate(
             losses, hidden = model.token_losses(inputs, hidden, targets)
             sums[first:last] += losses.double().sum(dim=1)
     manifest = stream.manifest
-    ends = manifest.documents if count_eos else 0
+    ends = manifest.eos_tokens if count_eos else 0
     return Evaluation(
         nats=math.fsum(gather(sums).tolist()),
-        scored_tokens=manifest.tokens - (0 if count_eos else manifest.documents),
-        words=manifest.words + ends,
-        text_bytes=manifest.text_bytes,
+        scored_tokens=manifest.tokens - (0 if count_eos else manifest.eos_tokens),
+        words=manifest.words + ends if manifest.text_bytes else None,
+        text_bytes=manifest.text_bytes or None,
         documents=manifest.documents,
         count_eos=count_eos,
         batch_size=batch_size,

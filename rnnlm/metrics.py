@@ -130,9 +130,10 @@ class Metrics:
                     f"waiting {record['data_wait_share']:.1%}"
                 )
         elif kind == "valid":
+            bits = record["bits_per_byte"]  # None where the stream does not know its text
             self.say(
-                f"step {record['step']} valid loss {record['loss']:.4f} ppl {record['token_perplexity']:.2f} "
-                f"bits/byte {record['bits_per_byte']:.4f}{' (best so far)' if record['best'] else ''}"
+                f"step {record['step']} valid loss {record['loss']:.4f} ppl {record['token_perplexity']:.2f}"
+                f"{'' if bits is None else f' bits/byte {bits:.4f}'}{' (best so far)' if record['best'] else ''}"
             )
 
     def sample(self, step: int, text: str) -> None:

@@ -6,6 +6,9 @@
     documents.npy        int64 (documents, 3): running totals of tokens, UTF-8 bytes of the text, words
     rejected.jsonl       if any record was rejected or mended: {"file", "at", "reason"} a line; `at` is a byte or a row
 
+An adopted stream (foreign.py) has links to another program's raw tokens instead, shard-00000.bin, without a header and
+unsigned of any width; tokenizer.model only if one was given; and 0, unknown, for all bytes and words.
+
 Everything is plain `.npy`, so ten lines of numpy read it. A file's digest is over the bytes behind its header, since
 the header holds the final count; the header is compared with the only one that dtype and count allow. The price of
 running totals: a document's own size is a difference of two rows.
@@ -48,10 +51,10 @@ class Manifest:
     dtype: str
     vocab_size: int
     eos_id: int
-    tokenizer: str  # sha256 of tokenizer.model
+    tokenizer: str  # sha256 of tokenizer.model; empty: adopted without one
     tokens: int
     documents: int
-    text_bytes: int
+    text_bytes: int  # 0: unknown, as are the words, in an adopted stream
     words: int
     unknown_tokens: int  # always 0 with byte fallback; a foreign tokenizer may lose text
     records: Mapping[str, int]  # read = kept + empty + duplicate + rejected, each rejection under its reason
@@ -61,6 +64,11 @@ class Manifest:
     documents_sha256: str
     rejected_sha256: str  # of rejected.jsonl; empty if there is none
     digest: str = ""
+
+    @property
+    def eos_tokens(self) -> int:
+        """EOS tokens in the stream: one per document, except where an adopted stream says how many it found."""
+        return int(self.source.get("eos_tokens", self.documents))
 
     def to_json(self) -> str:
         """The manifest as text, its digest in it."""
@@ -125,6 +133,14 @@ def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     text = repr({"descr": dtype, "fortran_order": False, "shape": shape}).encode("latin1")
     text = text.ljust(HEADER_BYTES - 11) + b"\n"
     return b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + text
+
+
+def _is_raw(name: str) -> bool:
+    return name.endswith(".bin")
+
+
+def _header_bytes(name: str) -> int:
+    return 0 if _is_raw(name) else HEADER_BYTES
 
 
 def write_array(path: Path, parts: Iterable[npt.NDArray[Any]], dtype: str, columns: tuple[int, ...] = ()) -> Any:
@@ -210,20 +226,28 @@ class TokenStream:
         if Path(name).name != name:
             raise StreamError(f"{self.directory}: a shard is called {name!r}, outside the directory; build it again")
         found = path.stat().st_size if path.is_file() else -1
-        if found != HEADER_BYTES + data_bytes:
-            expected = f"expected {HEADER_BYTES + data_bytes} bytes"
+        size = _header_bytes(name) + data_bytes
+        if found != size:
             state = "is missing" if found < 0 else f"has {found} bytes"
-            raise StreamError(f"{path}: {state}, {expected}; copy it again or build the stream again")
+            again = "adopt" if _is_raw(name) else "build"
+            raise StreamError(
+                f"{self._named(name)}: {state}, expected {size} bytes; copy it again or {again} the stream again"
+            )
+
+    def _named(self, name: str) -> str:
+        """A file for error messages: of an adopted stream, the one that its link leads to as well."""
+        path = self.directory / name
+        return f"{path} -> {path.readlink()}" if path.is_symlink() else str(path)
 
     def _map(self, name: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        path = self.directory / name
+        path, offset = self.directory / name, _header_bytes(name)
         with path.open("rb") as file:
-            if file.read(HEADER_BYTES) != _npy_header(dtype, shape):
+            if offset and file.read(offset) != _npy_header(dtype, shape):
                 raise StreamError(f"{path}: its header is not that of {dtype} {shape}; copy it again")
         if 0 in shape:
             return np.empty(shape, dtype)
         # np.asarray: slicing the memmap class itself is fifty times slower
-        return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=shape))
+        return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape))
 
     def shard(self, index: int) -> Tokens:
         """The tokens of one shard, mapped, not read."""
@@ -244,10 +268,12 @@ class TokenStream:
     def windows(self, starts: npt.NDArray[np.int64], length: int) -> Tokens:
         """The tokens at `starts[i] ... starts[i] + length - 1` of the ring: (len(starts), length).
 
-        Positions are taken modulo the number of tokens: the first token follows the last.
+        Positions are taken modulo the number of tokens: the first token follows the last. The dtype is the shards',
+        except that 64 bits become 32: adoption has checked that all ids fit.
         """
         starts = np.asarray(starts, dtype=np.int64) % self.tokens
-        out = np.empty((len(starts), length), dtype=self.manifest.dtype)
+        dtype = np.dtype(self.manifest.dtype)
+        out = np.empty((len(starts), length), dtype=dtype if dtype.itemsize < 8 else "<u4")
         shards = np.searchsorted(self._ends, starts, side="right")
         for index in np.unique(shards):
             tokens = self.shard(int(index))
@@ -276,8 +302,13 @@ class TokenStream:
         """The stream's own tokenizer.
 
         Raises:
-            StreamError: tokenizer.model is not the one the stream was built with.
+            StreamError: tokenizer.model is not the one the stream was built with, or the stream has none.
         """
+        if not self.manifest.tokenizer:
+            raise StreamError(
+                f"{self.directory}: was adopted without a tokenizer; "
+                "adopt it again with tools/adopt_stream.py --tokenizer=my.model"
+            )
         found = Tokenizer.load(self.directory / "tokenizer.model")
         if found.digest != self.manifest.tokenizer:
             raise StreamError(f"{self.directory}/tokenizer.model: not the model that made this stream; build it again")
@@ -289,12 +320,14 @@ class TokenStream:
         Raises:
             StreamError: naming the first file that is wrong, and what was found.
         """
-        tokenizer = self.tokenizer()
-        if (tokenizer.vocab_size, tokenizer.eos_id) != (self.manifest.vocab_size, self.manifest.eos_id):
-            raise StreamError(f"{self.directory}: vocabulary size or EOS differ from those of tokenizer.model")
-        yield "tokenizer.model", len(tokenizer.model)
+        known = {"stream.json", "documents.npy"}
+        if self.manifest.tokenizer:
+            tokenizer = self.tokenizer()
+            if (tokenizer.vocab_size, tokenizer.eos_id) != (self.manifest.vocab_size, self.manifest.eos_id):
+                raise StreamError(f"{self.directory}: vocabulary size or EOS differ from those of tokenizer.model")
+            yield "tokenizer.model", len(tokenizer.model)
+            known.add("tokenizer.model")
         extra = {path.name for path in self.directory.iterdir()} - {shard["name"] for shard in self.manifest.shards}
-        known = {"stream.json", "tokenizer.model", "documents.npy"}
         if extra := extra - known - ({"rejected.jsonl"} if self.manifest.rejected_sha256 else set()):
             raise StreamError(f"{self.directory}: files that are no part of the stream: {', '.join(sorted(extra))}")
         end_of_documents = 0
@@ -303,7 +336,7 @@ class TokenStream:
             self._verify_digest(shard["name"], tokens, shard["sha256"])
             for block in np.array_split(tokens, max(1, len(tokens) * tokens.itemsize // READ_BYTES)):
                 if int(block.max()) >= self.manifest.vocab_size:
-                    raise StreamError(f"{self.directory}/{shard['name']}: a token outside the vocabulary")
+                    raise StreamError(f"{self._named(shard['name'])}: a token outside the vocabulary")
                 end_of_documents += int(np.count_nonzero(block == self.manifest.eos_id))
             yield shard["name"], tokens.nbytes
         self._verify_documents(end_of_documents)
@@ -322,7 +355,7 @@ class TokenStream:
         for start in range(0, len(data), READ_BYTES):
             sha256.update(data[start : start + READ_BYTES])
         if sha256.hexdigest() != expected:
-            raise StreamError(f"{self.directory / name}: its contents differ from the digest in stream.json")
+            raise StreamError(f"{self._named(name)}: its contents differ from the digest in stream.json")
 
     def _verify_documents(self, end_of_documents: int) -> None:
         documents = self.documents
@@ -331,8 +364,8 @@ class TokenStream:
         totals = documents[-1].tolist() if len(documents) else [0, 0, 0]
         if totals != [manifest.tokens, manifest.text_bytes, manifest.words]:
             raise StreamError(f"{self.directory}/documents.npy: its totals {totals} are not those of stream.json")
-        if end_of_documents != manifest.documents:
-            raise StreamError(f"{self.directory}: {end_of_documents} EOS tokens for {manifest.documents} documents")
+        if end_of_documents != manifest.eos_tokens:
+            raise StreamError(f"{self.directory}: {end_of_documents} EOS tokens, expected {manifest.eos_tokens}")
         records = dict(manifest.records)
         if records.pop("read") != sum(records.values()):
             raise StreamError(f"{self.directory}/stream.json: records read are not kept + empty + rejected")

@@ -90,7 +90,7 @@ class Batch:
 
     Args:
         step: the step it belongs to.
-        tokens: (B, seq_len + 1), as stored on disk; inputs are all but the last column, targets all but the first.
+        tokens: (B, seq_len + 1), unsigned as on disk; inputs are all but the last column, targets all but the first.
         lengths: (B,) number of targets of each row; later ones are masked.
         positions: (B,) ring position of each row's first input.
     """
@@ -178,6 +178,11 @@ def open_streams(config: Config) -> tuple[TokenStream, TokenStream | None]:
         )
     if valid and valid.manifest.tokenizer != train.manifest.tokenizer:
         raise UserError(f"{place}: built with another tokenizer than {train.directory}; build both with the same")
+    if valid and valid.manifest.vocab_size != train.manifest.vocab_size:  # of streams adopted without a tokenizer
+        raise UserError(
+            f"{place}: has a vocabulary of {valid.manifest.vocab_size}, {train.directory} one of "
+            f"{train.manifest.vocab_size}; adopt both with the same --vocab-size"
+        )
     for stream in (train, valid) if config.stream.verify else ():
         for _ in stream.verify() if stream else ():
             pass

@@ -67,7 +67,8 @@ class Trainer:
         self.config = config
         self.directory = Path(config.run.directory)
         self.train_stream, self.valid_stream = open_streams(config)
-        self.tokenizer = self.train_stream.tokenizer()
+        manifest = self.train_stream.manifest
+        self.tokenizer = self.train_stream.tokenizer() if manifest.tokenizer else None  # None: no text, so no samples
         self.ring = open_ring(config, self.train_stream)
         self.accelerator = start_accelerator(config)
         self.device = self.accelerator.device
@@ -76,7 +77,7 @@ class Trainer:
         planned = config.train.epochs * self.ring.windows_per_epoch
         self.total_steps = min(planned, config.train.max_steps or planned)
 
-        raw = RecurrentLM(config.model, self.tokenizer.vocab_size, config.train.seed, config.train.loss_chunk_tokens)
+        raw = RecurrentLM(config.model, manifest.vocab_size, config.train.seed, config.train.loss_chunk_tokens)
         self.raw = raw.to(self.device)  # without DDP and autocast: for evaluation, generation, saving
         self.raw_optimizer = build_optimizer(self.raw, config.optim)
         self.model, self.optimizer = self.accelerator.prepare(self.raw, self.raw_optimizer)
@@ -215,6 +216,8 @@ class Trainer:
 
     def sample(self) -> None:
         """Continue the configured prompts into samples.md."""
+        if self.tokenizer is None:
+            return
         prompts = as_list(self.config.generate.prompts)
         texts = continuations(self.raw, self.tokenizer, prompts, self.config.generate)
         if texts and self.metrics:
@@ -234,7 +237,8 @@ class Trainer:
                 "interval": sums,
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
                 "stream": self.train_stream.manifest.digest,
-                "tokenizer": self.tokenizer.digest,
+                "tokenizer": self.train_stream.manifest.tokenizer,
+                "vocab_size": self.train_stream.manifest.vocab_size,
                 "configuration": identity(self.config),
                 "processes": self.processes,
                 "versions": versions(self.device),
@@ -287,7 +291,8 @@ class Trainer:
                 f"run.directory={self.directory}: holds a run of another configuration ({'; '.join(fields)}); "
                 "choose another run.directory, or give these fields the values they have there"
             )
-        mine = {"stream": self.train_stream.manifest.digest, "tokenizer": self.tokenizer.digest}
+        manifest = self.train_stream.manifest
+        mine = {"stream": manifest.digest, "tokenizer": manifest.tokenizer}
         for key, digest in mine.items() if found else ():
             assert found
             if found.state[key] != digest:
@@ -300,10 +305,9 @@ class Trainer:
         if found:
             checkpoint.set_aside(root, "step", found)
         self.directory.mkdir(parents=True, exist_ok=True)
-        for name, data in (
-            ("tokenizer.model", self.tokenizer.model),
-            ("config.yaml", dump_yaml(self.config, TRAINING_SECTIONS).encode()),
-        ):
+        files = {"tokenizer.model": self.tokenizer.model} if self.tokenizer else {}
+        files["config.yaml"] = dump_yaml(self.config, TRAINING_SECTIONS).encode()
+        for name, data in files.items():
             write_durably(self.directory / f"{name}.partial", data)
             (self.directory / f"{name}.partial").replace(self.directory / name)
         return str(found.path) if found else None
@@ -361,11 +365,12 @@ class Trainer:
         """One paragraph for the person at the console."""
         best = self.memory.best_loss
         valid = "" if best is None else f", best validation loss {best:.4f} at step {self.memory.best_step}"
+        samples = ", samples.md" if self.tokenizer else ""
         early = self.step < self.total_steps
         longer = "optim.early_stop_patience" if early else "train.epochs or train.max_steps"
         print(
             f"{self.directory}: {'stopped early' if early else 'finished'} at step {self.step} of {self.total_steps}"
-            f"{valid}\n  curves.png, metrics.jsonl, samples.md and checkpoints/ are there; "
+            f"{valid}\n  curves.png, metrics.jsonl{samples} and checkpoints/ are there; "
             f"to train longer, raise {longer}"
         )
 
@@ -459,14 +464,19 @@ def evaluate_run(config: Config) -> Evaluation:
         UserError: no run, no stream, or a stream of another tokenizer.
     """
     stream = TokenStream(Path(config.stream.directory) / config.eval.split)
-    if stream.manifest.tokenizer != Tokenizer.load(Path(config.run.directory) / "tokenizer.model").digest:
-        raise UserError(
-            f"{stream.directory}: built with another tokenizer than the run's; build it with the run's tokenizer.model"
-        )
+    own = Path(config.run.directory) / "tokenizer.model"  # not there after training on a stream without one
+    if stream.manifest.tokenizer != (Tokenizer.load(own).digest if own.exists() else ""):
+        way_out = f"build or adopt it with {own}" if own.exists() else f"there is no {own}: adopt it without one"
+        raise UserError(f"{stream.directory}: built with another tokenizer than the run's; {way_out}")
     exact = dataclasses.replace(config.train, precision="fp32", tf32=False)
     accelerator = start_accelerator(dataclasses.replace(config, train=exact))
     path = from_main(accelerator, lambda: str(checkpoint.choose(config)))
     model, _, _ = checkpoint.load_model(config, Path(path), accelerator.device)
+    if model.vocab_size != stream.manifest.vocab_size:
+        raise UserError(
+            f"{stream.directory}: has a vocabulary of {stream.manifest.vocab_size}, the run's model one of "
+            f"{model.vocab_size}; adopt the stream with --vocab-size={model.vocab_size}"
+        )
     result = score(accelerator, model, stream, config)
     end(accelerator)
     return result

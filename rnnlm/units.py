@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rnnlm.config import Config
-from rnnlm.corpus import BadRecordError, Document, Item, LongDocument, fraction, fraction_of, hashing
+from rnnlm.corpus import BadRecordError, Document, Item, LongDocument, Rejected, fraction, fraction_of, hashing
 from rnnlm.encoder import Encoder
 from rnnlm.stream import fsync_directory
 
@@ -91,8 +91,7 @@ class _Writer:
             self.waiting.append(item)
             self.waiting_bytes += len(item.data)
             if item.mended:
-                self.mended += 1
-                self._list(item.name, item.offset, "invalid UTF-8, mended")
+                self._note_mended(item)
             if self.waiting_bytes >= BATCH_BYTES:
                 self._flush()
         elif isinstance(item, LongDocument):
@@ -105,6 +104,10 @@ class _Writer:
 
     def _list(self, name: str, offset: int, reason: str) -> None:
         self.rejected.write(json.dumps({"file": name, "at": offset, "reason": reason}).encode() + b"\n")
+
+    def _note_mended(self, item: Document | LongDocument) -> None:
+        self.mended += 1
+        self._list(item.name, item.offset, "invalid UTF-8, mended")
 
     def _flush(self) -> None:
         texts = [document.data for document in self.waiting]
@@ -153,8 +156,10 @@ class _Writer:
             self.tokens.seek(begin)
             self.tokens.truncate()
             self.records["read"] -= 1
-            self.add(item or document.empty)
+            self.add(item or Rejected(document.name, document.offset, "empty"))
             return
+        if document.mended:
+            self._note_mended(document)
         to_valid = self.splits_off and fraction(split) < self.config.stream.valid_fraction
         hashes = np.frombuffer(whole.digest(), np.int64).tolist() if self.config.corpus.deduplicate else []
         self._append(np.empty(0, self.encoder.dtype), np.array([[*sizes, to_valid, *hashes]], np.int64))

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 INLINE_BYTES = 15  # words up to this are compared in two registers, longer ones by hash and then byte by byte
-MAX_SPELLED = 64  # bytes of a word that is spelt here; longer ones are SentencePiece's
+MAX_SPELLED = 160  # bytes of a word that is spelt here; longer ones are SentencePiece's
+PIECE_BITS = 20  # enough for a million pieces
 BLOCK = 512  # words found before they are looked up together, so that their cache misses overlap
 FIRST, LAST = 1, 2  # what a word's ids may depend on besides its bytes: it opens the text; it is spaces that end it
 
@@ -32,9 +33,9 @@ class Speller(NamedTuple):
     spellings: Array  # UTF-8 of all pieces
     ends: Array  # where each ends; 0 for the piece 0 that is not
     ids: Array
-    scores: Array
-    single: Array  # (128,) the piece of an ASCII character, or -1
-    double: Array  # (128, 128) that of two
+    ranks: Array  # 256 times the place of each piece's score among all scores, from 1 on
+    single: Array  # (128,) the piece of an ASCII character, or 0
+    pairs: Array  # open addressing: two pieces and the one that they make, PIECE_BITS each
     byte_ids: Array  # (256,), or (0,) without byte fallback
     ascii: Array  # (128,) what an ASCII character before another one becomes; 0: see the rules
     units: Array  # normalisation rules: the trie's units, or none
@@ -194,13 +195,14 @@ def find_words(
 def keep_first(table: Array, entries: int) -> None:
     """Rebuild the table with its first entries alone, in place of all: linear probing allows no holes."""
     kept = np.empty((entries, 3), np.uint64)
+    slot: Any
     for slot in range(len(table)):
         if table[slot, 1] != U(0) and table[slot, 2] < U(entries):
             kept[table[slot, 2]] = table[slot, :3]
     table[:] = U(0)
     mask = U(len(table) - 1)
     for entry in range(entries):
-        slot: Any = np.int64(_hash(kept[entry, 0], kept[entry, 1]) & mask)
+        slot = np.int64(_hash(kept[entry, 0], kept[entry, 1]) & mask)
         while table[slot, 1] != U(0):
             slot = (slot + 1) & np.int64(mask)
         table[slot, :3] = kept[entry]
@@ -208,7 +210,7 @@ def keep_first(table: Array, entries: int) -> None:
 
 @numba.njit(inline="always")
 def _piece(text: Array, start: Any, end: Any, speller: Speller) -> Any:
-    """The place in the speller of the piece text[start:end], or -1."""
+    """The number of the piece text[start:end], or 0."""
     low, high = _key(text, start, end, 0)
     value = _hash(low, high)
     mask = len(speller.table) - 1
@@ -220,20 +222,66 @@ def _piece(text: Array, start: Any, end: Any, speller: Speller) -> Any:
             if speller.ends[entry] - first == end - start and _same(text, start, speller.spellings, first, end - start):
                 return entry
         slot = (slot + 1) & mask
-    return -1
+    return 0
+
+
+@numba.njit(inline="always")
+def _merged(left: Any, right: Any, pairs: Array) -> Any:
+    """The number of the piece that two pieces make, or 0."""
+    key = U(left) << U(PIECE_BITS) | U(right)
+    mask = len(pairs) - 1
+    slot = np.int64(_mix(key * U(0x9E3779B97F4A7C15))) & mask
+    while pairs[slot] != U(0):
+        if pairs[slot] >> U(PIECE_BITS) == key:
+            return np.int64(pairs[slot] & U((1 << PIECE_BITS) - 1))
+        slot = (slot + 1) & mask
+    return 0
 
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
-def index_pieces(speller: Speller) -> None:
-    """Fill the table: the high bits of a piece's hash, and its place."""
+def index_pieces(speller: Speller) -> bool:
+    """Fill the tables: each piece's hash and number, and every two pieces that make one.
+
+    False if a piece has a character that is no piece: then two symbols might make a piece that is not in `pairs`.
+    """
     mask = len(speller.table) - 1
-    for entry in range(1, len(speller.ends)):
-        low, high = _key(speller.spellings, speller.ends[entry - 1], speller.ends[entry], 0)
+    for number in range(1, len(speller.ends)):
+        low, high = _key(speller.spellings, speller.ends[number - 1], speller.ends[number], 0)
         value = _hash(low, high)
         slot = np.int64(value) & mask
         while speller.table[slot] != U(0):
             slot = (slot + 1) & mask
-        speller.table[slot] = (value & HIGH_BITS) | U(entry)
+        speller.table[slot] = (value & HIGH_BITS) | U(number)
+    mask = len(speller.pairs) - 1
+    for number in range(1, len(speller.ends)):
+        start, end = speller.ends[number - 1], speller.ends[number]
+        begin = start
+        for place in range(start + 1, end + 1):
+            if place < end and speller.spellings[place] & 0xC0 == 0x80:
+                continue  # inside a character
+            if not _piece(speller.spellings, begin, place, speller):
+                return False
+            begin = place
+            if place < end:
+                left = _piece(speller.spellings, start, place, speller)
+                right = _piece(speller.spellings, place, end, speller)
+                if left and right:
+                    key = U(left) << U(PIECE_BITS) | U(right)
+                    slot = np.int64(_mix(key * U(0x9E3779B97F4A7C15))) & mask
+                    while speller.pairs[slot] != U(0):
+                        slot = (slot + 1) & mask
+                    speller.pairs[slot] = key << U(PIECE_BITS) | U(number)
+    return True
+
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def index_pairs(entries: Array, pairs: Array) -> None:
+    """Put the entries of one table of pairs into another."""
+    for entry in entries:
+        slot = np.int64(_mix((entry >> U(PIECE_BITS)) * U(0x9E3779B97F4A7C15))) & (len(pairs) - 1)
+        while pairs[slot] != U(0):
+            slot = (slot + 1) & (len(pairs) - 1)
+        pairs[slot] = entry
 
 
 @numba.njit(inline="always")
@@ -307,9 +355,12 @@ def spell_words(
     two make a piece (Sennrich et al. 2016, section 3.2; SentencePiece's bpe_model.cc). Others get the size -2.
     """
     text = np.zeros(8 * MAX_SPELLED, np.uint8)
-    begins = np.zeros(MAX_SPELLED + 1, np.int64)
-    piece = np.zeros(MAX_SPELLED + 1, np.int64)  # of each symbol
-    pair = np.zeros(MAX_SPELLED + 1, np.int64)  # of each symbol and the next
+    begins = np.zeros(MAX_SPELLED + 1, np.int32)  # of symbols
+    after = np.zeros(MAX_SPELLED + 1, np.int32)  # the next one, and
+    before = np.zeros(MAX_SPELLED + 1, np.int32)  # the one before, of those that are left
+    piece = np.zeros(MAX_SPELLED + 1, np.int32)
+    pair = np.zeros(MAX_SPELLED + 1, np.int32)  # the piece that a symbol and the next one make, and
+    rank = np.zeros(MAX_SPELLED + 1, np.int32)  # its rank, in the low bits 255 - the symbol's place; 0 without a pair
     for entry in range(first, last):
         start, end, kind = key_ends[entry - 1] if entry else 0, key_ends[entry], kinds[entry]
         entries[entry, 1] = -2
@@ -351,38 +402,45 @@ def spell_words(
         if place != size or not plain:
             continue
         begins[symbols] = size
-        for item in range(symbols - 1):
-            first_byte, second_byte = text[begins[item]], text[begins[item + 1]]
-            if first_byte < 0x80 and second_byte < 0x80:
-                pair[item] = speller.double[first_byte, second_byte]
-            else:
-                pair[item] = _piece(text, begins[item], begins[item + 2], speller)
-        while True:
-            best, best_score = -1, np.float32(0)
-            for item in range(symbols - 1):
-                if pair[item] >= 0 and (best < 0 or speller.scores[pair[item]] > best_score):
-                    best, best_score = item, speller.scores[pair[item]]
-            if best < 0:
-                break
-            piece[best] = pair[best]
-            symbols -= 1
-            for item in range(best + 1, symbols):
-                begins[item], piece[item], pair[item] = begins[item + 1], piece[item + 1], pair[item + 1]
-            begins[symbols] = size
-            for item in range(max(best - 1, 0), min(best + 1, symbols - 1)):
-                pair[item] = _piece(text, begins[item], begins[item + 2], speller)
-        written = used
         for item in range(symbols):
-            if piece[item] >= 0:
+            after[item], before[item] = item + 1, item - 1
+            rank[item] = 0
+            if item + 1 < symbols:
+                pair[item] = _merged(piece[item], piece[item + 1], speller.pairs)
+                rank[item] = speller.ranks[pair[item]] + (255 - item) * (pair[item] != 0)
+        while True:
+            top = np.int32(0)
+            for item in range(symbols):
+                top = max(top, rank[item])
+            if top == 0:
+                break
+            best = np.int64(255 - (top & 255))
+            gone = np.int64(after[best])
+            piece[best] = pair[best]
+            rank[best], rank[gone] = 0, 0
+            after[best] = after[gone]
+            if after[best] < symbols:
+                before[after[best]] = best
+                pair[best] = _merged(piece[best], piece[after[best]], speller.pairs)
+                rank[best] = speller.ranks[pair[best]] + (255 - best) * (pair[best] != 0)
+            if before[best] >= 0:
+                left = np.int64(before[best])
+                pair[left] = _merged(piece[left], piece[best], speller.pairs)
+                rank[left] = speller.ranks[pair[left]] + (255 - left) * (pair[left] != 0)
+        written = used
+        item = 0
+        while item < symbols:
+            if piece[item]:
                 ids[written] = speller.ids[piece[item]]
                 written += 1
             elif len(speller.byte_ids):
-                for place in range(begins[item], begins[item + 1]):
+                for place in range(begins[item], begins[after[item]]):
                     ids[written] = speller.byte_ids[text[place]]
                     written += 1
             else:
                 written = -1
                 break
+            item = after[item]
         if written < 0:
             continue
         entries[entry, 0], entries[entry, 1], entries[entry, 2] = used, written - used, count

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command, environment
 
-ORDER = ["config", "corpus", "tokenizer", "words", "encoder", "stream", "units", "build", "substreams", "cells",
-         "loss", "model", "optim", "evaluate", "generate", "checkpoint", "metrics", "trainer"]  # fmt: skip
+ORDER = ["config", "corpus", "tokenizer", "words", "encoder", "stream", "foreign", "units", "build", "substreams",
+         "cells", "loss", "model", "optim", "evaluate", "generate", "checkpoint", "metrics", "trainer"]  # fmt: skip
 HOMES = {
     "sentencepiece": "tokenizer",
     "safetensors": "checkpoint",

@@ -30,8 +30,8 @@ def main() -> None:
             f"{directory}: right; {stream.tokens:,} tokens, {stream.manifest.documents:,} documents, "
             f"{len(stream.manifest.shards)} shard(s), {size / 1e6:.1f} MB at {speed:,.0f} MB/s"
         )
-        tokenizer = stream.tokenizer()
-        for index, shard in enumerate(stream.manifest.shards if options.show else ()):
+        tokenizer = stream.tokenizer() if options.show else None  # an adopted stream may have none
+        for index, shard in enumerate(stream.manifest.shards if tokenizer else ()):
             tokens = stream.shard(index)
             print(f"  {shard['name']} begins {tokenizer.decode(tokens[: options.show])!r}")
             print(f"  {shard['name']} ends   {tokenizer.decode(tokens[-options.show :])!r}")

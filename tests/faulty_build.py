@@ -1,0 +1,94 @@
+"""tools/build_stream.py with faults: FAULT=... LOG=... python faulty_build.py OPTIONS...
+
+Every unit that is written is a line in LOG before and after, also in workers: those import this file anew.
+FAULT: none; a place and a number, as in `unit:5`: SIGKILL to the whole process group there at that time, from 1 on,
+at `unit` (encoding it), `unit-end` (before its rename), `shard`, `shard-end`, `commit` (before the rename of a stream);
+`worker:NAME` kills the worker alone whenever it encodes that unit, `worker-once:NAME` the first time;
+`full:3`: no space is left on the disk at the third fsync of a process.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+import build_stream
+
+import rnnlm.build
+import rnnlm.units
+from rnnlm.config import run_door
+
+FAULT, LOG = os.environ["FAULT"], Path(os.environ["LOG"])
+times: Counter[str] = Counter()
+write_unit, write_shard, commit, fsync = rnnlm.build.write_unit, rnnlm.build.write_shard, rnnlm.build.commit, os.fsync
+
+
+def log(line: str) -> None:
+    with LOG.open("a") as file:
+        file.write(line + "\n")
+
+
+def point(name: str) -> None:
+    times[name] += 1
+    if f"{name}:{times[name]}" == FAULT:
+        log(f"killed at {FAULT}")
+        os.killpg(0, signal.SIGKILL)
+
+
+def faulty_unit(path: Path, *arguments: Any) -> None:
+    point("unit")
+    log(f"begin {path.stem}")
+    kind, _, name = FAULT.partition(":")
+    alone = multiprocessing.parent_process() is not None
+    if (
+        alone
+        and path.stem == name
+        and (kind == "worker" or (kind == "worker-once" and LOG.read_text().count(name) == 1))
+    ):
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_unit(path, *arguments)
+    log(f"end {path.stem}")
+
+
+def faulty_shard(*arguments: Any) -> Any:
+    point("shard")
+    result = write_shard(*arguments)
+    point("shard-end")
+    return result
+
+
+def faulty_commit(*arguments: Any) -> Any:
+    point("commit")
+    result = commit(*arguments)
+    point("commit-end")
+    return result
+
+
+def faulty_fsync(handle: int) -> None:
+    point("unit-end")
+    times["fsync"] += 1
+    if f"full:{times['fsync']}" == FAULT:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    fsync(handle)
+
+
+patches: dict[str, Callable[..., Any]] = {
+    "write_unit": faulty_unit,
+    "write_shard": faulty_shard,
+    "commit": faulty_commit,
+}
+for name, patch in patches.items():
+    setattr(rnnlm.build, name, patch)
+os.fsync = faulty_fsync
+
+if __name__ == "__main__":
+    run_door(build_stream.main)

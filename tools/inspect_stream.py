@@ -1,0 +1,114 @@
+"""Show what is in token streams: sizes, counts, the most frequent pieces, how long documents are.
+
+    python tools/inspect_stream.py streams/my/train
+    python tools/inspect_stream.py streams/my/train streams/my/valid --pieces 50
+
+Reads every token once, in blocks. Whether they are the right ones is what tools/verify_stream.py tells.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rnnlm.config import UserError, run_door
+
+if TYPE_CHECKING:
+    from rnnlm.stream import TokenStream
+
+BLOCK = 2**20  # tokens or documents in memory at once
+BAR = 40  # characters of the longest one
+Counts = npt.NDArray[np.int64]
+
+
+def token_counts(stream: "TokenStream") -> Counts:
+    """(vocab_size,) how often each id occurs."""
+    size = stream.manifest.vocab_size
+    counts = np.zeros(size, np.int64)
+    for index, shard in enumerate(stream.manifest.shards):
+        tokens = stream.shard(index)
+        for first in range(0, len(tokens), BLOCK):
+            block = tokens[first : first + BLOCK].astype(np.int64)  # bincount takes no uint64
+            if int(block.max()) >= size:  # before bincount makes room for it
+                raise UserError(f"{stream.directory}/{shard['name']}: a token outside the vocabulary of {size}")
+            counts += np.bincount(block, minlength=size)
+    return counts
+
+
+def length_counts(stream: "TokenStream") -> tuple[Counts, Counts]:
+    """The lengths that documents have, in tokens, ascending, and how many have each.
+
+    N tokens have room for fewer than sqrt(2 N) + 1 different lengths, so this fits into memory for any stream.
+    """
+    lengths, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    ends, last = stream.documents[:, 0], 0
+    for first in range(0, len(ends), BLOCK):
+        block = ends[first : first + BLOCK]
+        found, often = np.unique(np.diff(block, prepend=last), return_counts=True)
+        last = int(block[-1])
+        lengths, place = np.unique(np.concatenate([lengths, found]), return_inverse=True)
+        merged = np.zeros(len(lengths), np.int64)
+        np.add.at(merged, place, np.concatenate([counts, often]))
+        counts = merged
+    return lengths, counts
+
+
+def histogram(lengths: Counts, counts: Counts) -> Iterator[str]:
+    """A line with a bar for each power of two: how many lengths are at least it, and below the next."""
+    powers = np.frexp(lengths)[1]  # 0 -> 0, 1 -> 1, 2 and 3 -> 2, 4 to 7 -> 3, ...
+    rows = {power: int(counts[powers == power].sum()) for power in range(powers.min(), powers.max() + 1)}
+    for power, count in rows.items():
+        low, high = 2**power // 2, max(0, 2**power - 1)
+        label = f"{low:,}" if low == high else f"{low:,} - {high:,}"
+        yield f"  {label:>23} {count:>13,} {'#' * -(-BAR * count // max(rows.values()))}".rstrip()
+
+
+def report(stream: "TokenStream", pieces: int) -> Iterator[str]:
+    """The lines about one stream."""
+    manifest: Any = stream.manifest
+    files = sum(path.stat().st_size for path in stream.directory.iterdir())  # links: what they lead to
+    yield f"{stream.directory}: {files:,} bytes on disk, {len(manifest.shards)} shard(s) of {manifest.dtype}"
+    for shard in manifest.shards:
+        if (path := stream.directory / shard["name"]).is_symlink():
+            yield f"  {shard['name']} is a link to {path.readlink()}"
+    yield f"  {manifest.documents:,} documents, {manifest.tokens:,} tokens"
+    if manifest.text_bytes:
+        each = manifest.text_bytes / manifest.tokens
+        yield f"  {manifest.text_bytes:,} bytes of text, {each:.3f} per token; {manifest.words:,} words"
+    else:
+        yield "  bytes and words of the text: unknown"
+    yield "  records: " + ", ".join(f"{count:,} {reason}" for reason, count in manifest.records.items())
+    yield f"  {manifest.mended:,} documents mended, {manifest.unknown_tokens:,} unknown tokens"
+
+    counts = token_counts(stream)
+    tokenizer = stream.tokenizer() if manifest.tokenizer else None
+    yield f"{np.count_nonzero(counts):,} of {manifest.vocab_size:,} ids occur; the most frequent:"
+    for token in np.argsort(-counts, kind="stable")[: min(pieces, np.count_nonzero(counts))].tolist():
+        piece = repr(tokenizer.piece(token)) if tokenizer else "EOS" if token == manifest.eos_id else ""
+        yield f"  {token:>9} {counts[token]:>15,} {counts[token] / manifest.tokens:>7.2%} {piece}".rstrip()
+
+    if manifest.documents:
+        lengths, often = length_counts(stream)
+        median = lengths[np.searchsorted(np.cumsum(often), (manifest.documents + 1) // 2)]
+        yield f"documents by length in tokens: median {median:,}, longest {lengths[-1]:,}"
+        yield from histogram(lengths, often)
+
+
+def main() -> None:
+    """Print the report on each stream in turn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("streams", type=Path, nargs="+", help="directories of streams")
+    parser.add_argument("--pieces", type=int, default=20, metavar="N", help="show this many of the most frequent")
+    options = parser.parse_args()
+    from rnnlm.stream import TokenStream
+
+    for directory in options.streams:
+        for line in report(TokenStream(directory), options.pieces):
+            print(line)
+
+
+if __name__ == "__main__":
+    run_door(main)
