@@ -23,7 +23,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
 from typing import IO, Any, NamedTuple
@@ -32,7 +32,7 @@ from rnnlm.config import CorpusConfig, UserError, as_list
 
 CHUNK_BYTES = 2**20  # read at once
 ROWS = 256  # of a parquet file, likewise
-SEPARATOR = re.compile(rb"\n\r?\n[\r\n]*")  # blank lines, whatever their number
+SEPARATOR = re.compile(rb"\n\r?\n(?:\r?\n)*")  # blank lines, whatever their number
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,10 @@ def sources(paths: list[str] | str, key: str) -> list[Source]:
 
 def jobs(split: str, files: list[Source], corpus: CorpusConfig, workers: int) -> Iterator[Job]:
     """All there is to read, in corpus order; jobs enough for `workers`, also of files that open only at their start."""
-    if corpus.document == "file":
+    parquet = sum(map(_is_parquet, files))
+    if corpus.document == "file" and 0 < parquet < len(files):
+        raise UserError("corpus.document=file: .parquet among other files; give them as a corpus of their own")
+    if corpus.document == "file" and not parquet:
         yield from _file_jobs(split, files, corpus.unit_bytes)
         return
     streamed = sum(map(_is_streamed, files))
@@ -173,7 +176,11 @@ def _file_jobs(split: str, files: list[Source], unit_bytes: int) -> Iterator[Job
 
 
 def _is_streamed(source: Source) -> bool:
-    return source.path.endswith((".gz", ".xz", ".zst", ".parquet"))
+    return _is_parquet(source) or source.path.endswith((".gz", ".xz", ".zst"))
+
+
+def _is_parquet(source: Source) -> bool:
+    return source.path.endswith(".parquet")
 
 
 def read(job: Job, corpus: CorpusConfig) -> Iterator[tuple[int, Iterator[Item]]]:
@@ -183,6 +190,8 @@ def read(job: Job, corpus: CorpusConfig) -> Iterator[tuple[int, Iterator[Item]]]
         UserError: a bad record or a damaged file, naming file and byte, unless corpus.on_bad_record is `skip`.
     """
     source = job.sources[0]
+    if _is_parquet(source):
+        corpus = replace(corpus, document="line")  # a row is a record
     if corpus.document == "file":
         found = (_documents(_pieces(_chunks(each), corpus), each, corpus) for each in job.sources)
         yield 0, chain.from_iterable(found)
@@ -191,15 +200,16 @@ def read(job: Job, corpus: CorpusConfig) -> Iterator[tuple[int, Iterator[Item]]]
         chunks = _chunks(source, max(0, job.unit * corpus.unit_bytes - back))
         yield job.unit, _documents(_pieces(chunks, corpus, job.unit), source, corpus)
     else:
-        unit = 0
+        unit = -1
         try:
-            if source.path.endswith(".parquet"):
+            if _is_parquet(source):
                 yield from _row_groups(source, corpus)
             else:
                 for unit, pieces in groupby(_pieces(_chunks(source), corpus), key=lambda piece: piece.unit):
                     yield unit, _documents(pieces, source, corpus)
-        except _DamagedError as error:  # met while passing over a unit, or before the first one
-            yield unit, iter([_reject(source, 0, f"damaged file ({error})", "fetch it again", corpus)])
+        except _DamagedError as error:
+            if unit < 0:  # else met while passing over a unit, whose own job says it
+                yield 0, iter([_reject(source, 0, f"damaged file ({error})", "fetch it again", corpus)])
 
 
 def fraction_of(text: bytes, seed: int) -> float:
@@ -255,7 +265,7 @@ def _is_utf8(data: bytes) -> bool:
 
 def _reject(source: Source, offset: int, reason: str, way_out: str, corpus: CorpusConfig) -> Rejected:
     if corpus.on_bad_record == "fail":
-        at = "row" if source.path.endswith(".parquet") else "byte"
+        at = "row" if _is_parquet(source) else "byte"
         raise UserError(
             f"{source.path}: record at {at} {offset}: {reason}; {way_out}, or set corpus.on_bad_record=skip"
         )
@@ -274,6 +284,8 @@ def _document(source: Source, offset: int, record: bytes, valid: bool, corpus: C
             if corpus.on_bad_record != "replace":
                 return _reject(source, offset, f"invalid UTF-8 ({error})", "mend it", corpus)
             record, mended = record.decode(errors="replace").encode(), True
+    if corpus.document == "jsonl" and len(record) > corpus.max_document_bytes:
+        return _oversized(source, offset, len(record), corpus)
     if corpus.document == "jsonl" and record.strip():
         try:
             record = _json_field(record, corpus.field)
@@ -287,7 +299,7 @@ def _checked(source: Source, offset: int, text: bytes, mended: bool, corpus: Cor
     if not begin or ((begin < b" " or begin >= b"\x80") and text.decode().isspace()):
         return Rejected(source.name, offset, "empty")
     if len(text) > corpus.max_document_bytes:
-        if corpus.document == "jsonl" or source.path.endswith(".parquet"):
+        if corpus.document == "jsonl" or _is_parquet(source):
             return _oversized(source, offset, len(text), corpus)
         return LongDocument(
             source.name, offset, iter([text]), partial(_oversized, source, offset, corpus=corpus), mended
@@ -302,6 +314,9 @@ def _oversized(source: Source, offset: int, size: int, corpus: CorpusConfig) -> 
 
 def _long(first: _Piece, pieces: Iterator[_Piece], source: Source, corpus: CorpusConfig) -> Iterator[Item]:
     """A record that is longer than a document may be in memory; its other pieces follow."""
+    if corpus.document == "paragraph" and first.offset == 0:
+        text = first.data.lstrip(b"\r\n")
+        first = first._replace(offset=len(first.data) - len(text), data=text)
 
     def parts() -> Iterator[bytes]:
         piece = first
@@ -311,9 +326,11 @@ def _long(first: _Piece, pieces: Iterator[_Piece], source: Source, corpus: Corpu
         ends = {"file": b"", "paragraph": b"\r\n"}.get(corpus.document)
         yield piece.data.removesuffix(b"\n").removesuffix(b"\r") if ends is None else piece.data.rstrip(ends)
 
+    raw = parts()
+
     def valid() -> Iterator[bytes]:
         decoder = codecs.getincrementaldecoder("utf-8")()
-        for number, part in enumerate(chain(parts(), [b""])):
+        for number, part in enumerate(chain(raw, [b""])):
             state = decoder.getstate()
             try:
                 text = decoder.decode(part, final=not part)
@@ -335,14 +352,14 @@ def _long(first: _Piece, pieces: Iterator[_Piece], source: Source, corpus: Corpu
         raise BadRecordError(_reject(source, first.offset, reason, "mend it", corpus)) from error
 
     if corpus.document == "jsonl":
-        yield _oversized(source, first.offset, sum(map(len, parts())), corpus)
+        yield _oversized(source, first.offset, sum(map(len, raw)), corpus)
     else:
         document = LongDocument(
             source.name, first.offset, whole(), partial(_oversized, source, first.offset, corpus=corpus)
         )
         yield document
-        with suppress(BadRecordError):
-            for _ in document.parts:  # what the consumer left
+        with suppress(_DamagedError):
+            for _ in raw:  # what the consumer left
                 pass
 
 
@@ -360,12 +377,12 @@ def _records(data: bytes, offset: int, document: str) -> Iterator[tuple[int, byt
         yield offset, data
         return
     if document == "paragraph":
-        begin = len(data) - len(data.lstrip(b"\r\n"))
+        begin = 0 if offset else len(data) - len(data.lstrip(b"\r\n"))
         for separator in SEPARATOR.finditer(data, begin):
-            yield offset + begin, data[begin : separator.start()].removesuffix(b"\r")
+            yield offset + begin, data[begin : separator.start()].rstrip(b"\r\n")
             begin = separator.end()
         if begin < len(data):
-            yield offset + begin, data[begin:].removesuffix(b"\n").removesuffix(b"\r")
+            yield offset + begin, data[begin:].rstrip(b"\r\n")
         return
     lines = data.split(b"\n")
     if not lines[-1]:
@@ -390,7 +407,7 @@ def _pieces(chunks: Iterator[bytes], corpus: CorpusConfig, only: int | None = No
         if not begun:
             cut = _next_start(buffer, unit * size - start, document, False)
             begun = cut >= 0
-            cut = cut if begun else max(0, len(buffer) - 3)
+            cut = cut if begun else max(0, _safe(buffer, document))
             del buffer[:cut]
             start += cut
             if start >= (unit + 1) * size:
@@ -399,7 +416,7 @@ def _pieces(chunks: Iterator[bytes], corpus: CorpusConfig, only: int | None = No
             if open_record:
                 cut = _next_start(buffer, 0, document, final)
                 open_record = cut < 0
-                if open_record and (cut := len(buffer) - 3) <= 0:  # a separator may just have begun
+                if open_record and (cut := _safe(buffer, document)) <= 0:  # a separator may just have begun
                     break
                 yield _Piece(unit, start, bytes(buffer[:cut]), open_record)
             else:
@@ -411,11 +428,18 @@ def _pieces(chunks: Iterator[bytes], corpus: CorpusConfig, only: int | None = No
                 if cut:
                     yield _Piece(unit, start, bytes(buffer[:cut]))
                 else:
-                    open_record = len(buffer) > corpus.max_document_bytes
+                    text = buffer if document == "file" else buffer.strip(b"\r\n")
+                    open_record = len(text) > corpus.max_document_bytes
                     if not open_record:
                         break
             del buffer[:cut]
             start += cut
+
+
+def _safe(buffer: bytearray, document: str) -> int:
+    """How much of an unended record holds no part of a separator."""
+    end = len(buffer.rstrip(b"\r\n")) if document == "paragraph" else len(buffer)
+    return min(end, len(buffer) - 3)
 
 
 def _next_start(buffer: bytearray, low: int, document: str, final: bool) -> int:
@@ -425,8 +449,9 @@ def _next_start(buffer: bytearray, low: int, document: str, final: bool) -> int:
             return found + 1
         if document == "paragraph":
             for separator in SEPARATOR.finditer(buffer, max(low - 3, 0)):
-                if separator.end() >= low and (final or separator.end() < len(buffer)):  # it may go on
-                    return separator.end()
+                end = separator.end()
+                if end >= low and (final or bytes(buffer[end : end + 2]) not in (b"", b"\r")):  # else it may go on
+                    return end
     return len(buffer) if final else -1
 
 
@@ -463,10 +488,10 @@ def _reader(raw: IO[bytes], path: str) -> Iterator[bytes]:
         yield from _zstd(raw)
     elif path.endswith(".gz"):
         with gzip.GzipFile(fileobj=raw) as file:
-            yield from iter(lambda: file.read(CHUNK_BYTES), b"")
+            yield from iter(lambda: file.read1(CHUNK_BYTES), b"")
     elif path.endswith(".xz"):
         with lzma.LZMAFile(raw) as file:
-            yield from iter(lambda: file.read(CHUNK_BYTES), b"")
+            yield from iter(lambda: file.read1(CHUNK_BYTES), b"")
     else:
         yield from iter(lambda: raw.read(CHUNK_BYTES), b"")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +149,59 @@ def test_many_shards_are_mapped_a_few_at_a_time(
 def test_unknown_tokens_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_stream(tmp_path / "s", tokenizer, [5, tokenizer.unknown_id, tokenizer.unknown_id, 1], shard_tokens=2)
     assert TokenStream(tmp_path / "s").manifest.unknown_tokens == 2
+
+
+def test_a_thousand_random_faults_are_refused_naming_the_file(streams: Path, tmp_path: Path) -> None:
+    """Any one flipped bit, cut, zeroed tail, swap, renaming, loss, extra file, foreign file or stale manifest."""
+    whole = tmp_path / "train"
+    shutil.copytree(streams / "train", whole)
+    contents = {path.name: path.read_bytes() for path in whole.iterdir()}
+    others = {path.name: path.read_bytes() for path in (streams / "valid").iterdir()}
+    others["tokenizer.model"] = contents["tokenizer.model"][:-1]
+    names, draw = sorted(contents), random.Random(7)
+    kinds = ["flip", "cut", "zeroes", "swap", "rename", "missing", "extra", "foreign", "dtype"]
+    refused: Counter[str] = Counter()
+    while refused.total() < 1000:
+        kind = draw.choice([*kinds, "flip", "flip"])
+        name = draw.choice(names)
+        expected = name
+        data = bytearray(contents[name])
+        if kind == "flip":
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        elif kind == "cut":
+            del data[draw.randrange(len(data)) :]
+        elif kind == "zeroes":
+            size = draw.randint(1, min(len(data), 4096))
+            data[-size:] = bytes(size)
+        elif kind == "foreign" and name in others:
+            data = bytearray(others[name])
+            expected = "documents.npy" if name == "stream.json" else name  # a right manifest of other files
+        elif kind == "dtype" and name.startswith("shard"):
+            np.save(tmp_path / "wide.npy", np.load(whole / name).astype(np.uint32))
+            data = bytearray((tmp_path / "wide.npy").read_bytes())
+        changed = {name: bytes(data)}
+        if kind in ("swap", "rename"):
+            other = draw.choice(names) if kind == "swap" else "shard-00009.npy"
+            changed = {name: contents.get(other, b""), other: contents[name]}
+            expected = f"{name}|{other}"
+        elif kind == "extra":
+            expected = f"{draw.choice(['shard-00002.npy', 'notes.txt', '.hidden'])}"
+            changed = {expected: b"x"}
+        if kind != "missing" and all(contents.get(each) == value for each, value in changed.items()):
+            continue
+        for each, value in changed.items():
+            (whole / each).write_bytes(value)
+        if kind in ("missing", "rename"):
+            (whole / name).unlink()
+        with pytest.raises(ValueError, match=expected):
+            for _ in TokenStream(whole).verify():
+                pass
+        refused[kind] += 1
+        for each in changed:
+            (whole / each).unlink(missing_ok=True)
+            if each in contents:
+                (whole / each).write_bytes(contents[each])
+        if kind == "missing":
+            (whole / name).write_bytes(contents[name])
+    assert set(refused) == set(kinds)
+    assert list(TokenStream(whole).verify())
