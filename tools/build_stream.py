@@ -3,9 +3,11 @@
     python tools/build_stream.py --corpus.train=my.txt --stream.directory=streams/my
     python tools/build_stream.py --config configs/imdb.yaml --corpus.train=train.jsonl --corpus.document=jsonl
     python tools/build_stream.py --corpus.train=train.txt --corpus.valid=valid.txt --corpus.test=test.txt ...
+    python tools/build_stream.py --config configs/mine.yaml --build.task=3/16    # one of 16 tasks; without: the rest
 
 Needs the tokenizer that tools/train_tokenizer.py wrote. Streams appear under their names only when they are whole;
-the same command again says that they are there.
+until then stream.directory/build.partial holds what is done, and the same command goes on. Once more, it says that
+they are there.
 """
 
 import itertools
@@ -25,6 +27,10 @@ def main() -> None:
         print("already built:")
     with progress_bar(itertools.chain(*build.inputs.values()), "building") as progress:
         manifests = build.run(progress)
+    if not manifests:
+        print(
+            f"task {config.build.task} is done; when all are, the same command without build.task commits the streams"
+        )
     for split, manifest in manifests.items():
         counts = ", ".join(f"{count:,} {reason}" for reason, count in manifest.records.items())
         print(
