@@ -28,6 +28,7 @@ from rnnlm.words import (
     FIRST,
     LAST,
     MAX_SPELLED,
+    PIECE_BITS,
     Speller,
     find_words,
     index_pairs,
@@ -38,9 +39,9 @@ from rnnlm.words import (
 )
 
 BATCH_BYTES = 2**17  # of text looked up at once: what is written then still lies in the cache when it is read
-TABLE_SLOTS = 2**21  # of 32 bytes, so that none lies in two cache lines
+TABLE_SLOTS = 2**19  # of 32 bytes, so that none lies in two cache lines
 MAX_WORDS = TABLE_SLOTS // 2  # held at once; beyond, the first quarter stays: the frequent ones come early
-KEY_BYTES = 2**24  # of text of those words
+KEY_BYTES = 2**23  # of text of those words
 WHITE = (9, 10, 11, 12, 13, 32)  # a word may end at these, if the model makes spaces of them
 Array = npt.NDArray[Any]
 
@@ -117,14 +118,19 @@ def _speller(tokenizer: Tokenizer) -> Speller | None:
     ):
         return None
     ids = [token for token, piece in enumerate(model.pieces) if piece.type == plain]
+    ids.sort(key=lambda token: model.pieces[token].score)
     spellings = [model.pieces[token].piece.encode() for token in ids]
-    scores = np.unique(np.array([model.pieces[token].score for token in ids], np.float32), return_inverse=True)[1]
-    single = np.zeros(128, np.int64)
+    scores = [model.pieces[token].score for token in ids if len(model.pieces[token].piece) > 1]
+    if len(set(scores)) < len(scores) or len(ids) >> PIECE_BITS:
+        return None
+    single, double = np.zeros(128, np.int32), np.zeros((128, 128), np.int32)
     for number, spelling in enumerate(spellings, 1):
-        if spelling.isascii() and len(spelling) == 1:
-            single[spelling[0]] = number
+        if spelling.isascii() and len(spelling) <= 2:
+            (single if len(spelling) == 1 else double)[tuple(spelling)] = number
     rules = model.normalizer_spec.precompiled_charsmap
     size = int.from_bytes(rules[:4], "little")
+    if max(map(len, rules[4 + size :].split(b"\0"))) > 4 * MAX_SPELLED:  # what a rule writes must have room
+        return None
     pairs = any(byte < 128 for byte in _rule_bytes(rules)[1])  # a rule for two ASCII characters: none is alone
     ascii = [0 if pairs else _alone(tokenizer, chr(byte)) for byte in range(128)]
     speller = Speller(
@@ -132,8 +138,8 @@ def _speller(tokenizer: Tokenizer) -> Speller | None:
         spellings=np.frombuffer(b"".join(spellings) + bytes(24), np.uint8),
         ends=np.cumsum([0, *map(len, spellings)]),
         ids=np.array([0, *ids]),
-        ranks=np.concatenate([[0], 256 * (1 + scores)]).astype(np.int32),
         single=single,
+        double=double,
         pairs=np.zeros(1 << (2 * sum(map(len, spellings))).bit_length(), np.uint64),
         byte_ids=np.array([bytewise[f"<0x{byte:02X}>"] for byte in range(256)] if bytewise else [], np.int64),
         ascii=np.array(ascii, np.uint8),
@@ -241,7 +247,9 @@ class Encoder:
 
     def _last_white(self, text: bytes, end: int) -> int:
         """Behind the last white byte before `end`; 0 if there is none."""
-        return 1 + max(text.rfind(byte, 0, end) for byte in self._white_bytes)
+        near = max(0, end - 4096)  # most often it is: some of these bytes occur nowhere
+        found = max(text.rfind(byte, near, end) for byte in self._white_bytes)
+        return 1 + (found if found >= 0 else max(text.rfind(byte, 0, near) for byte in self._white_bytes))
 
     def _piece(self, text: bytes, flags: int) -> tuple[Array | None, int]:
         """The ids of a part of a document that white space follows (or, with LAST, nothing), and its words."""

@@ -242,9 +242,12 @@ class TokenStream:
 
     def _map(self, name: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         path, offset = self.directory / name, _header_bytes(name)
-        with path.open("rb") as file:
-            if offset and file.read(offset) != _npy_header(dtype, shape):
-                raise StreamError(f"{path}: its header is not that of {dtype} {shape}; copy it again")
+        try:
+            with path.open("rb") as file:
+                if offset and file.read(offset) != _npy_header(dtype, shape):
+                    raise StreamError(f"{path}: its header is not that of {dtype} {shape}; copy it again")
+        except FileNotFoundError as error:
+            raise StreamError(f"{path}: was removed since the stream was opened; put it back, and resume") from error
         if 0 in shape:
             return np.empty(shape, dtype)
         # np.asarray: slicing the memmap class itself is fifty times slower

@@ -70,6 +70,8 @@ class Tokenizer:
 
     def encode_each(self, texts: list[str], add_eos: bool = False) -> list[list[int]]:
         """The ids of several texts, in this thread."""
+        if len(texts) < 64:  # for a list it starts threads, which takes as long as so many calls
+            return [self._processor.encode(text, add_eos=add_eos) for text in texts]
         ids: list[list[int]] = self._processor.encode(texts, add_eos=add_eos, num_threads=1)
         return ids
 

@@ -27,14 +27,14 @@ HIGH_BITS, LOW_BITS = U(0xFFFFFF) << U(40), (U(1) << U(40)) - U(1)
 
 
 class Speller(NamedTuple):
-    """A BPE model as arrays; pieces are numbered from 1."""
+    """A BPE model as arrays; pieces are numbered from 1 by their scores, the lowest first."""
 
     table: Array  # open addressing: the high 24 bits of a piece's hash, and its number
     spellings: Array  # UTF-8 of all pieces
     ends: Array  # where each ends; 0 for the piece 0 that is not
     ids: Array
-    ranks: Array  # 256 times the place of each piece's score among all scores, from 1 on
     single: Array  # (128,) the piece of an ASCII character, or 0
+    double: Array  # (128, 128) the piece of two ASCII characters
     pairs: Array  # open addressing: two pieces and the one that they make, PIECE_BITS each
     byte_ids: Array  # (256,), or (0,) without byte fallback
     ascii: Array  # (128,) what an ASCII character before another one becomes; 0: see the rules
@@ -359,8 +359,7 @@ def spell_words(
     after = np.zeros(MAX_SPELLED + 1, np.int32)  # the next one, and
     before = np.zeros(MAX_SPELLED + 1, np.int32)  # the one before, of those that are left
     piece = np.zeros(MAX_SPELLED + 1, np.int32)
-    pair = np.zeros(MAX_SPELLED + 1, np.int32)  # the piece that a symbol and the next one make, and
-    rank = np.zeros(MAX_SPELLED + 1, np.int32)  # its rank, in the low bits 255 - the symbol's place; 0 without a pair
+    rank = np.zeros(MAX_SPELLED + 1, np.int32)  # the piece that it makes with the next one, above 255 - its own place
     for entry in range(first, last):
         start, end, kind = key_ends[entry - 1] if entry else 0, key_ends[entry], kinds[entry]
         entries[entry, 1] = -2
@@ -403,11 +402,14 @@ def spell_words(
             continue
         begins[symbols] = size
         for item in range(symbols):
-            after[item], before[item] = item + 1, item - 1
-            rank[item] = 0
+            after[item], before[item], rank[item] = item + 1, item - 1, 0
             if item + 1 < symbols:
-                pair[item] = _merged(piece[item], piece[item + 1], speller.pairs)
-                rank[item] = speller.ranks[pair[item]] + (255 - item) * (pair[item] != 0)
+                left, right = text[begins[item]], text[begins[item + 1]]
+                if left < 0x80 and right < 0x80:
+                    number = np.int64(speller.double[left, right])
+                else:
+                    number = _merged(piece[item], piece[item + 1], speller.pairs)
+                rank[item] = number << 8 | (255 - item) * (number != 0)
         while True:
             top = np.int32(0)
             for item in range(symbols):
@@ -416,17 +418,17 @@ def spell_words(
                 break
             best = np.int64(255 - (top & 255))
             gone = np.int64(after[best])
-            piece[best] = pair[best]
+            piece[best] = top >> 8
             rank[best], rank[gone] = 0, 0
-            after[best] = after[gone]
-            if after[best] < symbols:
-                before[after[best]] = best
-                pair[best] = _merged(piece[best], piece[after[best]], speller.pairs)
-                rank[best] = speller.ranks[pair[best]] + (255 - best) * (pair[best] != 0)
-            if before[best] >= 0:
-                left = np.int64(before[best])
-                pair[left] = _merged(piece[left], piece[best], speller.pairs)
-                rank[left] = speller.ranks[pair[left]] + (255 - left) * (pair[left] != 0)
+            following, previous = np.int64(after[gone]), np.int64(before[best])
+            after[best] = following
+            if following < symbols:
+                before[following] = best
+                number = _merged(piece[best], piece[following], speller.pairs)
+                rank[best] = number << 8 | (255 - best) * (number != 0)
+            if previous >= 0:
+                number = _merged(piece[previous], piece[best], speller.pairs)
+                rank[previous] = number << 8 | (255 - previous) * (number != 0)
         written = used
         item = 0
         while item < symbols:

@@ -594,3 +594,17 @@ def test_fraction_is_uniform_keyed_and_pinned() -> None:
     for part in (b"te", b"", b"xt"):
         hashed.update(part)
     assert fraction(hashed) == fraction_of(b"text", 0), "however it comes"
+
+
+def test_any_url_of_fsspec() -> None:
+    import fsspec
+
+    with fsspec.open("memory://corpus/a.txt", "wb") as file:
+        file.write(b"one\ntwo\n")
+    with fsspec.open("memory://corpus/b.txt", "wb") as file:
+        file.write(b"three\n")
+    corpus = CorpusConfig(train="memory://corpus/*.txt")
+    found = sources(corpus.train, "corpus.train")
+    assert [source.name for source in found] == ["a.txt", "b.txt"]
+    items = [item for job in jobs("train", found, corpus, 1) for _, unit in read(job, corpus) for item in unit]
+    assert [item.data for item in items if isinstance(item, Document)] == [b"one", b"two", b"three"]

@@ -151,6 +151,17 @@ def test_unknown_tokens_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> Non
     assert TokenStream(tmp_path / "s").manifest.unknown_tokens == 2
 
 
+def test_fault_23_a_shard_removed_while_mapped_stays_and_a_later_one_is_named(streams: Path, tmp_path: Path) -> None:
+    shutil.copytree(streams / "train", tmp_path / "train")
+    stream = TokenStream(tmp_path / "train")
+    expected = stream.shard(0).tolist()
+    for path in (tmp_path / "train").glob("shard-*"):
+        path.unlink()
+    assert stream.windows(np.array([0]), 100)[0].tolist() == expected[:100], "what is mapped cannot be taken away"
+    with pytest.raises(StreamError, match="shard-00001.npy: was removed since the stream was opened"):
+        stream.windows(np.array([len(expected) - 1]), 2)
+
+
 def test_a_thousand_random_faults_are_refused_naming_the_file(streams: Path, tmp_path: Path) -> None:
     """Any one flipped bit, cut, zeroed tail, swap, renaming, loss, extra file, foreign file or stale manifest."""
     whole = tmp_path / "train"

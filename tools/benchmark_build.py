@@ -31,15 +31,16 @@ import numpy as np
 from rnnlm.config import BuildConfig, Config, CorpusConfig, StreamConfig, run_door
 from rnnlm.corpus import Document, jobs, read, sources
 from rnnlm.encoder import Encoder
+from rnnlm.stream import TokenStream
 from rnnlm.tokenizer import Tokenizer
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # tiktoken's own for its gpt2
 
 
 def config_of(options: argparse.Namespace, directory: str = "") -> Config:
-    """The corpus as one stream in order, in one shard: its digest is that of all tokens."""
-    corpus = CorpusConfig(train=options.files, document=options.document, field=options.field, max_document_bytes=2**26)
-    stream = StreamConfig(directory=directory, valid_fraction=0, shard_tokens=2**50)
+    """The corpus as one stream, in order."""
+    corpus = CorpusConfig(train=options.files, document=options.document, field=options.field, max_document_bytes=2**25)
+    stream = StreamConfig(directory=directory, valid_fraction=0)
     return Config(corpus=corpus, stream=stream, build=BuildConfig(workers=options.workers))
 
 
@@ -154,12 +155,15 @@ def build(options: argparse.Namespace) -> dict[str, Any]:
         started = time.perf_counter()
         manifest = Build(config_of(options, directory), Tokenizer.load(options.model)).run(lambda size: None)["train"]
         seconds = time.perf_counter() - started
-    ended.set()
-    watcher.join()
+        ended.set()
+        watcher.join()
+        stream, sha256 = TokenStream(Path(directory) / "train"), hashlib.sha256()
+        for index in range(len(manifest.shards)):
+            sha256.update(stream.shard(index).data)
     parent = peaks.pop(os.getpid())
     return {
         "speed": manifest.text_bytes / 1e6 / seconds, "seconds": seconds, "parent": parent / 2**20,
-        "worker": max(peaks.values(), default=parent) / 2**20, "sha256": manifest.shards[0]["sha256"],
+        "worker": max(peaks.values(), default=parent) / 2**20, "sha256": sha256.hexdigest(),
         "bytes": manifest.text_bytes, "tokens": manifest.tokens, "documents": manifest.documents,
     }  # fmt: skip
 
