@@ -505,7 +505,8 @@ def run_door(main: Callable[[], int | None]) -> None:
         if isinstance(error, OSError) and not error.filename and not full:
             raise  # not a path that the user gave: a fault of ours, with its traceback
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line per machine, not one per process
-            print(f"error: {error}", file=sys.stderr)
+            way_out = "; make room on the disk and type the same command again" if full else ""
+            print(f"error: {error}{way_out}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
