@@ -21,6 +21,7 @@ import shutil
 import signal
 import socket
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
@@ -37,9 +38,10 @@ from tqdm import tqdm
 from rnnlm.config import Config, UserError, as_list
 from rnnlm.corpus import Job, Rejected, Source, jobs, read, sources
 from rnnlm.encoder import Encoder
-from rnnlm.stream import Manifest, commit, write_array, write_durably, write_shard
+from rnnlm.stream import Manifest, commit, json_digest, temporary, write_array, write_durably, write_shard
 from rnnlm.tokenizer import Tokenizer, token_dtype
 from rnnlm.units import (
+    TO_VALID,
     Part,
     UnitFile,
     find_duplicates,
@@ -51,7 +53,8 @@ from rnnlm.units import (
 )
 
 BUCKET_DOCUMENTS = 2**20  # whose hashes are compared at once
-SHUFFLED_TOKENS = 2**23  # of a unit of shuffled documents, about
+SHUFFLED_TOKENS = 2**23  # of a unit of shuffled documents, about, or
+SHUFFLED_DOCUMENTS = 2**18
 _here = threading.local()  # each thread of a worker has an encoder of its own
 
 
@@ -83,8 +86,9 @@ def encode_job(setting: Setting, job: Job) -> None:
         UserError: a bad record, unless those are skipped.
     """
     if getattr(_here, "digest", "") != setting.digest:
-        _here.encoder = Encoder(Tokenizer.load(setting.work / "tokenizer.model"))
-        _here.digest = setting.digest
+        tokenizer = Tokenizer.load(setting.work / "tokenizer.model")
+        assert tokenizer.digest == setting.digest
+        _here.encoder, _here.digest = Encoder(tokenizer), setting.digest
     passed = []
     for number, items in read(job, setting.config.corpus):
         path = setting.unit(job, number)
@@ -103,7 +107,7 @@ def shuffle_task(setting: Setting, task: tuple[Path, Sequence[Part], int, int]) 
 def duplicates_task(setting: Setting, task: tuple[Path, Sequence[Path], int, int]) -> None:
     """Find the repeated documents of one bucket of hashes."""
     path, units, bucket, buckets = task
-    write_array(path, [find_duplicates(units, bucket, buckets)], "<i8")
+    write_array(path, find_duplicates(units, bucket, buckets), "<i8")
 
 
 def shard_task(setting: Setting, task: tuple[Path, Sequence[Part], int, int]) -> None:
@@ -118,9 +122,13 @@ def _entry(shard: Path) -> Path:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    write_durably(temporary, json.dumps(value).encode())
-    temporary.replace(path)
+    _write(path, json.dumps(value).encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = temporary(path)
+    write_durably(partial, data)
+    partial.replace(path)
 
 
 class Inline(Executor):
@@ -172,9 +180,15 @@ class Workers:
         while waiting or suspects or running:
             source, limit = (suspects, 1) if suspects else (waiting, 2 * self.width)
             while source and len(running) < limit:
-                task = source.popleft()
                 self._executor = self._executor or self.make()
-                running[self._executor.submit(function, setting, task)] = task
+                try:
+                    future = self._executor.submit(function, setting, source[0])
+                except BrokenExecutor:  # found out here; which task was it the next lines say
+                    self._give_up()
+                    if running:
+                        break
+                    continue
+                running[future] = source.popleft()
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task = running.pop(future)
                 error = future.exception()
@@ -183,12 +197,17 @@ class Workers:
                     continue
                 if not isinstance(error, (BrokenExecutor, MemoryError)) and type(error).__name__ != "KilledWorker":
                     raise error
-                if isinstance(error, BrokenExecutor) and self._executor is not None:
-                    self._executor.shutdown()  # a pool that lost one worker is no use any more: the others end too
-                    self._executor = None
+                if isinstance(error, BrokenExecutor):
+                    self._give_up()
                 strikes[id(task)] += 1
                 (suspects if strikes[id(task)] < 2 else aside).append(task)
         return aside
+
+    def _give_up(self) -> None:
+        """A pool that lost one worker is no use any more: the others end too."""
+        if self._executor is not None:
+            self._executor.shutdown()
+        self._executor = None
 
 
 def _start_worker() -> None:
@@ -221,9 +240,14 @@ class Build:
         self.task = parse_task(config.build.task)
         given = {"train": config.corpus.train, "valid": config.corpus.valid, "test": config.corpus.test}
         self.inputs = {split: sources(paths, f"corpus.{split}") for split, paths in given.items() if as_list(paths)}
-        work = Path(config.stream.directory) / "build.partial"
-        self.setting = Setting(config, work, tokenizer.digest)
+        self.setting = Setting(config, self._work(config.corpus.on_bad_record), tokenizer.digest)
         self.splits = [*self.inputs, *(["valid"] if self.setting.splits_off("train") else [])]
+
+    def _work(self, on_bad_record: str) -> Path:
+        """Where this build is done: its name says all that its files depend on, so that none is another build's."""
+        stamps = [[file.path, file.stamp] for files in self.inputs.values() for file in files]
+        other = {"on_bad_record": on_bad_record, "unit_bytes": self.config.corpus.unit_bytes, "stamps": stamps}
+        return Path(self.config.stream.directory) / "build.partial" / json_digest({**self.source(), **other})[:16]
 
     def source(self) -> dict[str, Any]:
         """What the streams are made from; recorded in the manifest, so that a finished build is known again."""
@@ -284,7 +308,7 @@ class Build:
         """
         done = self.finished()
         if set(done) == set(self.splits):
-            shutil.rmtree(self.setting.work, ignore_errors=True)
+            shutil.rmtree(self.setting.work.parent, ignore_errors=True)
             return done
         tasks, workers = self.task[1], self.config.build.workers or len(os.sched_getaffinity(0))
         work = list(self._jobs(tasks if tasks > 1 else workers))
@@ -300,7 +324,7 @@ class Build:
             if tasks > 1:
                 return {}
             manifests = self._commit(crew, done)
-        shutil.rmtree(self.setting.work)
+            shutil.rmtree(self.setting.work.parent)
         return {**done, **manifests}
 
     def _workers(self, executor: Callable[[], Executor] | None, workers: int, jobs: int) -> Workers:
@@ -328,44 +352,45 @@ class Build:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One build in a directory at a time, or the tasks of one array; the kernel frees the lock of the dead."""
-        root = Path(self.config.stream.directory)
+        """One build in a directory at a time, or the tasks of one array; the kernel frees the lock of the dead.
+
+        It is the directory itself that is locked: a file would have to be removed, and that cannot be done safely.
+        """
+        root, shared = Path(self.config.stream.directory), self.task[1] > 1
         root.mkdir(parents=True, exist_ok=True)
-        path, shared = root / ".build.lock", self.task[1] > 1
-        with path.open("a+") as lock:
+        holder, handle = root / "build.partial" / "builder", os.open(root, os.O_RDONLY)
+        try:
             try:
-                fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                lock.seek(0)
-                holder = lock.read().strip() or "tasks of an array"
-                raise UserError(f"{root}: another build is working there ({holder}); wait for it") from error
+                found = holder.read_text() if holder.is_file() else "a task of an array, perhaps"
+                raise UserError(f"{root}: another build is working there ({found}); wait for it") from error
+            except OSError:  # a file system without locks
+                pass
+            holder.parent.mkdir(exist_ok=True)
             if not shared:
-                lock.truncate(0)
-                lock.write(f"{socket.gethostname()}, process {os.getpid()}")
-                lock.flush()
-            try:
-                yield
-            finally:
-                if not shared:
-                    path.unlink()
+                _write(holder, f"{socket.gethostname()}, process {os.getpid()}, {time.ctime()}".encode())
+            else:
+                holder.unlink(missing_ok=True)
+            yield
+        finally:
+            os.close(handle)
 
     def _prepare(self) -> None:
-        """Go on in the work directory of the same build; begin anew if it is another's."""
+        """Go on in the work directory of the same build; another's is removed."""
         work, shared = self.setting.work, self.task[1] > 1
-        stamps = [[file.path, file.stamp] for files in self.inputs.values() for file in files]
-        described = {**self.source(), "unit_bytes": self.config.corpus.unit_bytes, "stamps": stamps}
-        found = json.loads((work / "build.json").read_bytes()) if (work / "build.json").is_file() else {}
-        if found.get("on_bad_record") == "fail":  # a unit that is there had none
-            found["on_bad_record"] = self.config.corpus.on_bad_record
-        same = found == described
-        if shared and found and not same:
-            raise UserError(f"{work}: tasks of another build are there; wait for them, or remove it")
-        if not same and not shared:
-            shutil.rmtree(work, ignore_errors=True)
+        strict = self._work("fail")  # its units had no bad record: they serve under any policy
+        others = [path for path in work.parent.iterdir() if path.is_dir() and path not in (work, strict)]
+        if shared and others:
+            raise UserError(f"{work.parent}: tasks of another build are there; wait for them, or remove it")
+        if not work.exists() and strict.exists() and not shared:
+            strict.rename(work)
         (work / "units").mkdir(parents=True, exist_ok=True)
-        write_durably(work / "tokenizer.model", self.tokenizer.model)
-        _write_json(work / "build.json", described)
+        if not (work / "tokenizer.model").exists():
+            _write(work / "tokenizer.model", self.tokenizer.model)
         if not shared:
+            for other in {*others, strict} - {work}:
+                shutil.rmtree(other, ignore_errors=True)
             for leftover in chain(work.glob(".*"), work.glob("*/.*")):
                 leftover.unlink()
 
@@ -379,9 +404,8 @@ class Build:
             )
         for job in aside:
             begin = job.unit * self.config.corpus.unit_bytes
-            rejected = Rejected(job.sources[0].name, begin, "its worker was killed")
-            encoder = Encoder(self.tokenizer)
-            write_unit(self.setting.unit(job, job.unit), [rejected], False, self.config, encoder)
+            rejected = [Rejected(source.name, begin, "its worker was killed") for source in job.sources]
+            write_unit(self.setting.unit(job, job.unit), rejected, False, self.config, Encoder(self.tokenizer))
 
     def _range(self, job: Job) -> str:
         begin = job.unit * self.config.corpus.unit_bytes
@@ -433,13 +457,13 @@ class Build:
                 gone = np.sort(np.concatenate(slices))
                 rows, listed = UnitFile(path).rows, path.with_suffix(".dropped.npy")
                 write_array(listed, [gone], "<i8")
-                sides = [rows[gone[rows[gone, 3] == side], :3] for side in (0, 1)]
+                sides = [rows[gone[rows[gone, TO_VALID] == side], :TO_VALID] for side in (0, 1)]
                 dropped[path] = listed, np.array([[len(lost), *lost.sum(0)] for lost in sides])
         return dropped
 
     def _shuffle(self, crew: Workers, target: str, parts: list[Part]) -> list[Part]:
         documents, tokens = (sum(part.totals[column] for part in parts) for column in (0, 1))
-        step = max(1, documents * SHUFFLED_TOKENS // tokens)
+        step = min(max(1, documents * SHUFFLED_TOKENS // tokens), SHUFFLED_DOCUMENTS)
         name = f"{target}-shuffled"
         paths = [self.setting.work / f"{name}-{first:012d}.unit" for first in range(0, documents, step)]
         tasks = [(path, parts, index * step, min((index + 1) * step, documents)) for index, path in enumerate(paths)]
@@ -448,7 +472,7 @@ class Build:
         shuffled = []
         for path in paths:
             rows = UnitFile(path).rows
-            shuffled.append(Part(path, 0, None, (len(rows), *rows[:, :3].sum(0).tolist())))
+            shuffled.append(Part(path, 0, None, (len(rows), *rows[:, :TO_VALID].sum(0).tolist())))
         return shuffled
 
     def _write_stream(self, crew: Workers, target: str, parts: list[Part], records: dict[str, int]) -> Manifest:
@@ -459,7 +483,7 @@ class Build:
         shards = [partial / f"shard-{index:05d}.npy" for index in range(-(-tokens // size))]
         left = []
         for index, shard in enumerate(shards):
-            if not _entry(shard).exists():
+            if not (_entry(shard).exists() and shard.exists()):
                 first, last = index * size, min((index + 1) * size, tokens)
                 begin, end = np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last) + 1
                 before = int(ends[begin - 1]) if begin else 0
@@ -527,16 +551,17 @@ def _side(
         **dict(sorted(rejected.items())),
     }
     assert records["read"] == sum(records.values()) - records["read"], records
-    return parts, {**records, "mended": 0 if side else sum(footer["mended"] for footer in footers)}
+    return parts, {**records, "mended": sum(footer["mended"][side] for footer in footers)}
 
 
 def _totals(parts: Iterable[Part]) -> Iterator[npt.NDArray[np.int64]]:
     """(documents, 3) running totals, part by part."""
     before = np.zeros(3, np.int64)
     for part in parts:
-        totals = before + np.cumsum(rows_of(part), axis=0)
-        yield totals
-        before = totals[-1] if len(totals) else before
+        for rows in rows_of(part):
+            totals = before + np.cumsum(rows, axis=0)
+            yield totals
+            before = totals[-1] if len(totals) else before
 
 
 def _no_strays(aside: Sequence[Any]) -> None:
@@ -551,7 +576,7 @@ def _dask(address: str) -> Workers:
         raise UserError(f"build.dask={address}: needs Dask; pip install 'rnnlm[dask]'") from error
     try:
         client: Any = distributed.Client(address)  # type: ignore[no-untyped-call]
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"build.dask={address}: no scheduler answers there ({error})") from error
     return Workers(client.get_executor, max(1, sum(client.ncores().values())), client.close)
 

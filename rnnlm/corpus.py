@@ -473,6 +473,8 @@ def _chunks(source: Source, offset: int = 0) -> Iterator[bytes]:
         UserError: it cannot be read, or vanished.
     """
     try:
+        if not source.size and _is_streamed(source):
+            raise EOFError("it is empty")
         with source.open() as raw:
             if offset:
                 raw.seek(offset)
@@ -490,29 +492,45 @@ def _reader(raw: IO[bytes], path: str) -> Iterator[bytes]:
         with gzip.GzipFile(fileobj=raw) as file:
             yield from iter(lambda: file.read1(CHUNK_BYTES), b"")
     elif path.endswith(".xz"):
-        with lzma.LZMAFile(raw) as file:
-            yield from iter(lambda: file.read1(CHUNK_BYTES), b"")
+        yield from _xz(raw)
     else:
         yield from iter(lambda: raw.read(CHUNK_BYTES), b"")
+
+
+def _xz(raw: IO[bytes]) -> Iterator[bytes]:
+    """All streams of an .xz file; the library's own reader takes a damaged one behind the first for the end."""
+    data, stream = b"", None
+    while data or (data := raw.read(CHUNK_BYTES)):
+        if stream is None and not (data := data.lstrip(b"\0")):  # padding between streams
+            continue
+        stream = stream or lzma.LZMADecompressor()
+        chunk, data = stream.decompress(data, CHUNK_BYTES), b""
+        while chunk:
+            yield chunk
+            chunk = b"" if stream.eof or stream.needs_input else stream.decompress(b"", CHUNK_BYTES)
+        if stream.eof:
+            data, stream = stream.unused_data, None
+    if stream is not None:
+        raise EOFError("the last xz stream is cut short")
 
 
 def _zstd(raw: IO[bytes]) -> Iterator[bytes]:
     """All frames of a .zst file; the library's own reader takes a cut frame for the end of the file."""
     import zstandard
 
-    data = b""
-    frame = None
+    data, frame, size = b"", None, 512
     while data or (data := raw.read(CHUNK_BYTES)):
         frame = frame or zstandard.ZstdDecompressor().decompressobj()
         try:
-            chunk = frame.decompress(data)
+            chunk = frame.decompress(data[:size])
         except zstandard.ZstdError as error:
             raise ValueError(str(error)) from error
-        data = b""
+        data = data[size:]
         if frame.eof:
-            data, frame = frame.unused_data, None
-        for start in range(0, len(chunk), CHUNK_BYTES):  # a megabyte may hold a thousand times as much
-            yield chunk[start : start + CHUNK_BYTES]
+            data, frame = frame.unused_data + data, None
+        yield from (chunk[start : start + CHUNK_BYTES] for start in range(0, len(chunk), CHUNK_BYTES))
+        # what makes about a megabyte: a few bytes may hold a thousand times as many
+        size = min(max(64, size * CHUNK_BYTES // max(1, len(chunk))), 2**17)
     if frame is not None:
         raise EOFError("the last zstd frame is cut short")
 
@@ -525,8 +543,10 @@ def _row_groups(source: Source, corpus: CorpusConfig) -> Iterator[tuple[int, Ite
         raise UserError(f"{source.path}: reading parquet needs pyarrow; pip install 'rnnlm[parquet]'") from error
 
     def documents(group: int, row: int) -> Iterator[Item]:
+        found = file.metadata.row_group(group)
+        at_once = max(1, min(ROWS, found.num_rows * 2 * CHUNK_BYTES // max(1, found.total_byte_size)))
         try:
-            for batch in file.iter_batches(ROWS, row_groups=[group], columns=[corpus.field], use_threads=False):
+            for batch in file.iter_batches(at_once, row_groups=[group], columns=[corpus.field], use_threads=False):
                 for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                     if value is None:
                         yield _reject(source, row, "missing field", "mend it", corpus)
@@ -534,11 +554,13 @@ def _row_groups(source: Source, corpus: CorpusConfig) -> Iterator[tuple[int, Ite
                         yield _document(source, row, value, False, corpus)
                     row += 1
         except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise  # the disk, not the file
             yield _reject(source, row, f"damaged file ({error})", "fetch it again", corpus)
 
     with source.open() as raw:
         try:
-            file = pyarrow.parquet.ParquetFile(raw)
+            file = pyarrow.parquet.ParquetFile(raw, buffer_size=CHUNK_BYTES, pre_buffer=False)
         except (pyarrow.ArrowException, OSError) as error:
             raise _DamagedError(str(error)) from error
         names = file.schema_arrow.names

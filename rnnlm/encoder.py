@@ -100,6 +100,16 @@ def _rule_bytes(rules: bytes) -> tuple[list[int], list[int]]:
     return np.flatnonzero(firsts).tolist(), np.flatnonzero(others).tolist()
 
 
+def _is_space(tokenizer: Tokenizer, character: str) -> bool:
+    """Whether a character is to this model what a space is, at both ends of a text, alone, and beside a space."""
+    texts = (" x y", "x  y", "x y ", "  x   y  ")
+    return all(
+        tokenizer.normalize(text) == tokenizer.normalize(text.replace(" ", character, times))
+        for text in texts
+        for times in range(1, 8)
+    )
+
+
 def _alone(tokenizer: Tokenizer, character: str) -> int:
     """The ASCII character that the rules make of one between two others; 0 where that is not so simple."""
     found, plain = tokenizer.normalize(f"x{character}x"), tokenizer.normalize("xx")
@@ -167,14 +177,14 @@ class Encoder:
         self._eos = self.dtype.type(tokenizer.eos_id)
         encode, spec = tokenizer.encode, tokenizer.proto().normalizer_spec
         self._white = np.zeros(256, bool)
-        self._white[[byte for byte in WHITE if encode(f"x{chr(byte)}y") == encode("x y")]] = True
+        self._white[[byte for byte in WHITE if _is_space(tokenizer, chr(byte))]] = True
         self._white_bytes = bytes(np.flatnonzero(self._white).tolist())
         self._keep_runs = not spec.remove_extra_whitespaces
         self._marked = self._keep_runs or not spec.add_dummy_prefix
         self._head = encode("x")
         self._tail = encode("x y")[len(self._head) :]
-        if encode("x y")[: len(self._head)] != self._head or not self._tail:
-            self.why_not = "x has other ids before a space"
+        if not tokenizer.normalize("x y").endswith(f"x{META}y") or encode("x y")[: len(self._head)] != self._head:
+            self.why_not = "the rules change the words x and y, between which others are tried"
         # ids that may not end a word before another one, or begin one: the space or the unknown run might reach over
         self._open_ended = np.array([tokenizer.piece(token).endswith(META) for token in range(tokenizer.vocab_size)])
         self._table = np.zeros((TABLE_SLOTS, 4), np.uint64)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,9 +144,14 @@ def _header_bytes(name: str) -> int:
     return 0 if _is_raw(name) else HEADER_BYTES
 
 
+def temporary(path: Path) -> Path:
+    """A hidden name beside `path` that no other process on any machine takes."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
 def write_array(path: Path, parts: Iterable[npt.NDArray[Any]], dtype: str, columns: tuple[int, ...] = ()) -> Any:
     """Write arrays one behind the other as one `.npy` file that gets its name when it is on disk; (rows, sha256)."""
-    partial, rows, sha256 = path.with_name(f".{path.name}.{os.getpid()}"), 0, hashlib.sha256()
+    partial, rows, sha256 = temporary(path), 0, hashlib.sha256()
     with partial.open("wb") as file:
         file.write(bytes(HEADER_BYTES))  # until the length is known
         for part in parts:
@@ -183,8 +189,15 @@ def write_shard(path: Path, parts: Iterable[Tokens], tokenizer: Tokenizer) -> di
 
 
 def commit(partial: Path, directory: Path, manifest: Manifest) -> Manifest:
-    """Write the manifest beside the files that it names, then rename the directory: from then on there is a stream."""
+    """Write the manifest beside the files that it names, then rename the directory: from then on there is a stream.
+
+    Raises:
+        StreamError: a file is not there, or has another size than the manifest says.
+    """
+    for leftover in partial.glob(".*"):  # of a worker that was killed
+        leftover.unlink()
     write_durably(partial / "stream.json", manifest.to_json().encode())
+    TokenStream(partial)
     fsync_directory(partial)
     partial.rename(directory)
     fsync_directory(directory.parent)

@@ -9,7 +9,8 @@ It holds the tokens of its documents, one row of numbers for each, and its total
 
 Rows and tokens are mapped, hashes are compared in buckets, a shuffled order is computed and not stored: no step holds
 more than a bounded part of the corpus in memory. The price: until the streams are committed the tokens lie on disk
-twice, with a shuffle three times.
+twice, with a shuffle three times; each bucket of hashes reads the rows of all units, each shuffled unit those it takes
+documents from, which are nearly all: beyond some hundred gigabytes shuffle the files before.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ import numpy.typing as npt
 from rnnlm.config import Config
 from rnnlm.corpus import BadRecordError, Document, Item, LongDocument, Rejected, fraction, fraction_of, hashing
 from rnnlm.encoder import Encoder
-from rnnlm.stream import fsync_directory
+from rnnlm.stream import fsync_directory, temporary
 
 TOKENS, BYTES, WORDS, TO_VALID, HASH = range(5)  # columns of rows; HASH and the next one with deduplication
-BATCH_BYTES = 2**20  # of documents encoded at once
-COPY_TOKENS = 2**20  # of a unit gathered at once
+BATCH_BYTES = 2**20  # of documents encoded at once, or
+BATCH_DOCUMENTS = 2**14
+COPY_TOKENS = 2**20  # of a unit gathered at once, or
+COPY_ROWS = 2**18
 Array = npt.NDArray[Any]
 
 
@@ -44,9 +47,9 @@ def write_unit(path: Path, items: Iterable[Item], splits_off: bool, config: Conf
     Raises:
         UserError: a document too long for the tokenizer, unless bad records are skipped.
     """
-    temporary = [path.with_name(f".{path.name}.{kind}.{os.getpid()}") for kind in ("tokens", "rows", "rejected")]
+    partial = [temporary(path) for _ in range(3)]
     try:
-        with temporary[0].open("wb+") as tokens, temporary[1].open("wb+") as rows, temporary[2].open("wb+") as rejected:
+        with partial[0].open("wb+") as tokens, partial[1].open("wb+") as rows, partial[2].open("wb+") as rejected:
             writer = _Writer(tokens, rows, rejected, config, encoder, splits_off)
             for item in items:
                 writer.add(item)
@@ -56,11 +59,11 @@ def write_unit(path: Path, items: Iterable[Item], splits_off: bool, config: Conf
                 os.fsync(file.fileno())
             listed = rejected.tell()
         if listed:
-            temporary[2].replace(rejected_path(path))
-        temporary[0].replace(path)
+            partial[2].replace(rejected_path(path))
+        partial[0].replace(path)
         fsync_directory(path.parent)
     finally:
-        for each in temporary:
+        for each in partial:
             each.unlink(missing_ok=True)
 
 
@@ -80,7 +83,7 @@ class _Writer:
     encoder: Encoder
     splits_off: bool
     records: Counter[str] = field(default_factory=Counter)
-    mended: int = 0
+    mended: Array = field(default_factory=lambda: np.zeros(2, np.int64))  # of train or valid
     waiting: list[Document] = field(default_factory=list)
     waiting_bytes: int = 0
     totals: Array = field(default_factory=lambda: np.zeros((2, 4), np.int64))  # (train or valid; documents, TOKENS ...)
@@ -90,9 +93,7 @@ class _Writer:
         if isinstance(item, Document):
             self.waiting.append(item)
             self.waiting_bytes += len(item.data)
-            if item.mended:
-                self._note_mended(item)
-            if self.waiting_bytes >= BATCH_BYTES:
+            if self.waiting_bytes >= BATCH_BYTES or len(self.waiting) == BATCH_DOCUMENTS:
                 self._flush()
         elif isinstance(item, LongDocument):
             self._flush()
@@ -100,20 +101,25 @@ class _Writer:
         else:
             self.records[item.reason] += 1
             if item.reason != "empty":
+                if any(document.mended for document in self.waiting):  # they are listed before it
+                    self._flush()
                 self._list(item.name, item.offset, item.reason)
 
     def _list(self, name: str, offset: int, reason: str) -> None:
         self.rejected.write(json.dumps({"file": name, "at": offset, "reason": reason}).encode() + b"\n")
 
-    def _note_mended(self, item: Document | LongDocument) -> None:
-        self.mended += 1
-        self._list(item.name, item.offset, "invalid UTF-8, mended")
+    def _note_mended(self, item: Document | LongDocument, to_valid: bool) -> None:
+        if item.mended:
+            self.mended[int(to_valid)] += 1
+            self._list(item.name, item.offset, "invalid UTF-8, mended")
 
     def _flush(self) -> None:
         texts = [document.data for document in self.waiting]
         ids, tokens, words = self.encoder.encode(texts)
         stream, seed = self.config.stream, self.config.stream.split_seed
         to_valid = [self.splits_off and fraction_of(text, seed) < stream.valid_fraction for text in texts]
+        for document, side in zip(self.waiting, to_valid, strict=True):
+            self._note_mended(document, side)
         columns = [tokens, list(map(len, texts)), words, to_valid]
         if self.config.corpus.deduplicate:
             hashes = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
@@ -140,27 +146,26 @@ class _Writer:
                 whole.update(part)
                 yield part
 
+        item = None
         try:
-            if self.encoder.why_not:
-                item = document.reject(sum(map(len, document.parts)))
-            else:
+            try:
+                if self.encoder.why_not:
+                    raise OverflowError(self.encoder.why_not)
                 for ids, words in self.encoder.encode_long(parts(), self.config.corpus.max_document_bytes):
                     self.tokens.write(ids.data)
                     sizes += [len(ids), 0, words]
-                item = None
+            except OverflowError:  # a text or a word too long to hold
+                item = document.reject(int(sizes[BYTES]) + sum(map(len, document.parts)))
         except BadRecordError as error:
             item = error.rejected
-        except OverflowError:  # a word too long to hold
-            item = document.reject(int(sizes[BYTES]) + sum(map(len, document.parts)))
         if item is not None or not sizes[WORDS]:
             self.tokens.seek(begin)
             self.tokens.truncate()
             self.records["read"] -= 1
             self.add(item or Rejected(document.name, document.offset, "empty"))
             return
-        if document.mended:
-            self._note_mended(document)
         to_valid = self.splits_off and fraction(split) < self.config.stream.valid_fraction
+        self._note_mended(document, to_valid)
         hashes = np.frombuffer(whole.digest(), np.int64).tolist() if self.config.corpus.deduplicate else []
         self._append(np.empty(0, self.encoder.dtype), np.array([[*sizes, to_valid, *hashes]], np.int64))
 
@@ -172,7 +177,7 @@ class _Writer:
         footer = {
             "dtype": self.encoder.dtype.str, "tokens": count, "rows": self.records["kept"],
             "columns": HASH + 2 * self.config.corpus.deduplicate, "totals": self.totals.tolist(),
-            "records": dict(self.records), "mended": self.mended,
+            "records": dict(self.records), "mended": self.mended.tolist(),
         }  # fmt: skip
         text = json.dumps(footer).encode()
         self.tokens.write(text + len(text).to_bytes(8, "little"))
@@ -217,16 +222,22 @@ class Part:
 
     def chosen(self, rows: Array) -> npt.NDArray[np.int64]:
         """The numbers of the rows that belong to it."""
-        mask = np.asarray(rows[:, TO_VALID]) == self.to_valid
-        if self.dropped is not None:
-            mask[np.load(self.dropped)] = False
-        return np.flatnonzero(mask)
+        return np.concatenate([np.empty(0, np.int64), *(first + chosen for first, _, chosen in self.blocks(rows))])
+
+    def blocks(self, rows: Array) -> Iterator[tuple[int, Array, npt.NDArray[np.int64]]]:
+        """(number of the first, rows, which of them belong to it) of some rows at a time."""
+        dropped = np.empty(0, np.int64) if self.dropped is None else np.load(self.dropped, mmap_mode="r")
+        for first in range(0, len(rows), COPY_ROWS):
+            block = np.asarray(rows[first : first + COPY_ROWS])
+            mask = block[:, TO_VALID] == self.to_valid
+            mask[dropped[slice(*np.searchsorted(dropped, [first, first + len(block)]))] - first] = False
+            yield first, block, np.flatnonzero(mask)
 
 
-def rows_of(part: Part) -> Array:
-    """(documents, 3): TOKENS, BYTES, WORDS of a part's documents."""
-    rows = UnitFile(part.path).rows
-    return np.asarray(rows[part.chosen(rows), :TO_VALID])
+def rows_of(part: Part) -> Iterator[Array]:
+    """(documents, 3): TOKENS, BYTES, WORDS of a part's documents, some at a time."""
+    for _, rows, chosen in part.blocks(UnitFile(part.path).rows):
+        yield rows[chosen, :TO_VALID]
 
 
 def tokens_of(parts: Sequence[Part], first: int, last: int) -> Iterator[Array]:
@@ -246,40 +257,41 @@ def tokens_of(parts: Sequence[Part], first: int, last: int) -> Iterator[Array]:
 def _blocks(part: Part) -> Iterator[Array]:
     """The tokens of a part: runs of neighbouring documents, small ones gathered."""
     unit = UnitFile(part.path)
-    tokens, rows = unit.tokens, unit.rows
-    chosen = part.chosen(rows)
-    if not len(chosen):
-        return
-    ends = np.cumsum(rows[:, TOKENS])
-    first = np.concatenate([[True], np.diff(chosen) > 1])  # of a run
-    begins = (ends - rows[:, TOKENS])[chosen[first]]
-    stops = ends[chosen[np.append(first[1:], True)]]
-    waiting, size = [], 0
-    for begin, stop in zip(begins.tolist(), stops.tolist(), strict=True):
-        for start in range(begin, stop, COPY_TOKENS):
-            waiting.append(tokens[start : min(start + COPY_TOKENS, stop)])
-            size += len(waiting[-1])
-            if size >= COPY_TOKENS:
-                yield np.concatenate(waiting)
-                waiting, size = [], 0
+    tokens, before = unit.tokens, 0
+    waiting: list[Array] = []
+    size = 0
+    for _, rows, chosen in part.blocks(unit.rows):
+        ends = before + np.cumsum(rows[:, TOKENS])
+        before = int(ends[-1])
+        first = np.diff(chosen, prepend=-2) > 1  # of a run
+        begins = (ends - rows[:, TOKENS])[chosen[first]]
+        stops = ends[chosen[np.append(first[1:], True)]] if len(chosen) else begins
+        for begin, stop in zip(begins.tolist(), stops.tolist(), strict=True):
+            for start in range(begin, stop, COPY_TOKENS):
+                waiting.append(tokens[start : min(start + COPY_TOKENS, stop)])
+                size += len(waiting[-1])
+                if size >= COPY_TOKENS or len(waiting) == COPY_ROWS:
+                    yield np.concatenate(waiting)
+                    waiting, size = [], 0
     if waiting:
         yield np.concatenate(waiting)
 
 
-def find_duplicates(paths: Sequence[Path], bucket: int, buckets: int) -> npt.NDArray[np.int64]:
-    """Numbers, over all units, of documents whose hash an earlier one has; of one bucket of hashes."""
-    found, before = [np.empty((0, 3), np.uint64)], 0
+def find_duplicates(paths: Sequence[Path], bucket: int, buckets: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Numbers, over all units and ascending, of documents whose hash an earlier one has; of one bucket of hashes."""
+    known, before = np.empty(0, "S16"), 0
     for path in paths:
         rows = UnitFile(path).rows
-        for start in range(0, len(rows), COPY_TOKENS):
-            hashes = np.ascontiguousarray(rows[start : start + COPY_TOKENS, HASH:]).view(np.uint64)
-            mine = np.flatnonzero(hashes[:, 0] % np.uint64(buckets) == bucket)
-            found.append(np.column_stack([hashes[mine], (before + start + mine).astype(np.uint64)]))
+        for start in range(0, len(rows), COPY_ROWS):
+            hashes = np.ascontiguousarray(rows[start : start + COPY_ROWS, HASH:])
+            mine = np.flatnonzero(hashes.view(np.uint64)[:, 0] % np.uint64(buckets) == bucket)
+            keys = hashes[mine].view("S16").reshape(-1)
+            new, firsts = np.unique(keys, return_index=True)
+            again = np.ones(len(keys), bool)
+            again[firsts[~np.isin(new, known)]] = False
+            yield before + start + mine[again]
+            known = np.union1d(known, new)
         before += len(rows)
-    table = np.concatenate(found)
-    table = table[np.lexsort((table[:, 2], table[:, 1], table[:, 0]))]
-    again = (table[1:, :2] == table[:-1, :2]).all(1)
-    return np.sort(table[1:][again, 2]).astype(np.int64)
 
 
 def shuffle_unit(path: Path, parts: Sequence[Part], first: int, last: int, seed: int) -> None:
@@ -294,14 +306,16 @@ def shuffle_unit(path: Path, parts: Sequence[Part], first: int, last: int, seed:
         rows[mine, :TO_VALID] = unit[chosen, :TO_VALID]
         begins[mine] = (np.cumsum(unit[:, TOKENS]) - unit[:, TOKENS])[chosen]
     places = np.cumsum(rows[:, TOKENS]) - rows[:, TOKENS]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
+    partial = temporary(path)
+    with partial.open("wb") as file:
         for owner in np.unique(owners):  # in the order of the disk
             tokens = UnitFile(parts[owner].path).tokens
             mine = np.flatnonzero(owners == owner)
             for row in mine[np.argsort(begins[mine])].tolist():
-                document = tokens[begins[row] : begins[row] + rows[row, TOKENS]]
-                os.pwrite(file.fileno(), document.data, int(places[row]) * tokens.itemsize)
+                for first_token in range(0, int(rows[row, TOKENS]), COPY_TOKENS):  # a call writes two gigabytes at most
+                    begin = int(begins[row]) + first_token
+                    block = tokens[begin : min(begin + COPY_TOKENS, int(begins[row] + rows[row, TOKENS]))]
+                    os.pwrite(file.fileno(), block.data, (int(places[row]) + first_token) * tokens.itemsize)
         size = int(rows[:, TOKENS].sum())
         file.seek(size * tokens.itemsize)
         footer = {"dtype": tokens.dtype.str, "tokens": size, "rows": len(rows), "columns": HASH}
@@ -309,7 +323,7 @@ def shuffle_unit(path: Path, parts: Sequence[Part], first: int, last: int, seed:
         file.write(rows.tobytes() + text + len(text).to_bytes(8, "little"))
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+    partial.replace(path)
 
 
 def permuted(numbers: npt.NDArray[np.uint64], size: int, seed: int) -> npt.NDArray[np.uint64]:

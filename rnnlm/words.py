@@ -363,7 +363,7 @@ def spell_words(
     for entry in range(first, last):
         start, end, kind = key_ends[entry - 1] if entry else 0, key_ends[entry], kinds[entry]
         entries[entry, 1] = -2
-        if end - start > MAX_SPELLED or kind & LAST:
+        if end - start > MAX_SPELLED or kind & LAST or used + len(text) > len(ids):  # no room for the longest
             continue
         spaces = 0
         while start < end and white[keys[start]]:

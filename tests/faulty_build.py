@@ -2,7 +2,8 @@
 
 Every unit that is written is a line in LOG before and after, also in workers: those import this file anew.
 FAULT: none; a place and a number, as in `unit:5`: SIGKILL to the whole process group there at that time, from 1 on,
-at `unit` (encoding it), `unit-end` (before its rename), `shard`, `shard-end`, `commit` (before the rename of a stream);
+at `unit` (encoding it), `unit-end` (before its rename), `bucket` (of hashes), `shuffle`, `shard`, `shard-end`, `commit`
+(before the rename of a stream), `commit-end`; `shard-once:NAME` kills the worker that writes that shard, once;
 `worker:NAME` kills the worker alone whenever it encodes that unit, `worker-once:NAME` the first time;
 `full:3`: no space is left on the disk at the third fsync of a process.
 """
@@ -30,6 +31,7 @@ from rnnlm.config import run_door
 FAULT, LOG = os.environ["FAULT"], Path(os.environ["LOG"])
 times: Counter[str] = Counter()
 write_unit, write_shard, commit, fsync = rnnlm.build.write_unit, rnnlm.build.write_shard, rnnlm.build.commit, os.fsync
+find_duplicates, shuffle_unit = rnnlm.build.find_duplicates, rnnlm.build.shuffle_unit
 
 
 def log(line: str) -> None:
@@ -59,11 +61,29 @@ def faulty_unit(path: Path, *arguments: Any) -> None:
     log(f"end {path.stem}")
 
 
-def faulty_shard(*arguments: Any) -> Any:
+def faulty_shard(path: Path, parts: Any, tokenizer: Any) -> Any:
     point("shard")
-    result = write_shard(*arguments)
+    if f"shard-once:{path.stem}" == FAULT and f"killed in {path.stem}" not in LOG.read_text():
+
+        def dying() -> Any:
+            yield from parts
+            log(f"killed in {path.stem}")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return write_shard(path, dying(), tokenizer)
+    result = write_shard(path, parts, tokenizer)
     point("shard-end")
     return result
+
+
+def faulty_bucket(*arguments: Any) -> Any:
+    point("bucket")
+    return find_duplicates(*arguments)
+
+
+def faulty_shuffle(*arguments: Any, **named: Any) -> Any:
+    point("shuffle")
+    return shuffle_unit(*arguments, **named)
 
 
 def faulty_commit(*arguments: Any) -> Any:
@@ -85,6 +105,8 @@ patches: dict[str, Callable[..., Any]] = {
     "write_unit": faulty_unit,
     "write_shard": faulty_shard,
     "commit": faulty_commit,
+    "find_duplicates": faulty_bucket,
+    "shuffle_unit": faulty_shuffle,
 }
 for name, patch in patches.items():
     setattr(rnnlm.build, name, patch)

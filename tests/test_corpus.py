@@ -608,3 +608,24 @@ def test_any_url_of_fsspec() -> None:
     assert [source.name for source in found] == ["a.txt", "b.txt"]
     items = [item for job in jobs("train", found, corpus, 1) for _, unit in read(job, corpus) for item in unit]
     assert [item.data for item in items if isinstance(item, Document)] == [b"one", b"two", b"three"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("place", range(0, 12, 3))
+def test_a_damaged_header_of_a_second_part_is_not_the_end_of_the_file(tmp_path: Path, suffix: str, place: int) -> None:
+    pack = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress}
+    first, second = (pack[suffix](b"".join(b"%d line\n" % (i + k) for i in range(900))) for k in (0, 900))
+    damaged = bytearray(second)
+    damaged[0 if suffix == ".gz" else place] ^= 64
+    path = tmp_path / f"text.txt{suffix}"
+    path.write_bytes(first + damaged)
+    corpus = CorpusConfig(train=str(path))
+    with pytest.raises(UserError, match="damaged file"):
+        for job in jobs("train", sources(corpus.train, "corpus.train"), corpus, 1):
+            for _, items in read(job, corpus):
+                list(items)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="it is empty"):
+        for job in jobs("train", sources(corpus.train, "corpus.train"), corpus, 1):
+            for _, items in read(job, corpus):
+                list(items)

@@ -52,12 +52,14 @@ BY_WORDS = {
     "characters": {"model_type": "char"},
     "symbols": {"user_defined_symbols": ["<user>", "sees", "▁the", "x", "é"]},
     "rules": {"normalization_rule_name": "user", "rules": [("ab", "c d"), ("e", " "), ("o", ""), ("é", "e\u0301  ")]},
+    "tab is the sign itself": {"normalization_rule_name": "user", "rules": [("\t", "\u2581")]},
 }
 WHOLE = {
     "unigram": {"model_type": "unigram"},
     "suffix": {"treat_whitespace_as_suffix": True},
     "spanning": {"split_by_whitespace": False},
     "symbols with spaces": {"user_defined_symbols": ["anna sees", "a\u2581b"]},
+    "a space for x": {"normalization_rule_name": "user", "rules": [("x", "\u2581")], "add_dummy_prefix": False},
     "rules with spaces": {"normalization_rule_name": "user", "rules": [("a b", "c")]},
 }
 
@@ -148,6 +150,14 @@ def test_a_long_document_may_come_in_any_parts(
     ids, _, words = expected(encoder.tokenizer, [text])
     assert np.concatenate([ids for ids, _ in pieces]).tolist() == ids
     assert sum(words for _, words in pieces) == words[0]
+
+
+def test_characters_that_become_many_bytes_overrun_nothing() -> None:
+    """Six ids for each byte, of words that are all new: more than the store of ids had room for."""
+    encoder = Encoder(model(vocab_size=420))
+    texts = [f"a{number}" + "\u3316" * 24 for number in range(6000)]
+    for first in range(0, len(texts), 1000):
+        check(encoder, texts[first : first + 1000])
 
 
 def test_a_word_without_end_is_refused(encoders: dict[str, Encoder]) -> None:

@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -108,13 +109,36 @@ def test_any_executor(text: Path, tokenizer: Tokenizer, whole: dict[str, str], t
     assert digests(build(text, tmp_path / "s", tokenizer, lambda: ThreadPoolExecutor(threads))) == whole
 
 
+def test_tasks_of_an_array_at_the_same_time(
+    text: Path, tokenizer: Tokenizer, whole: dict[str, str], tmp_path: Path
+) -> None:
+    directory = prepare(tmp_path / "s", tokenizer)
+    running = [
+        start("none", tmp_path / f"log{task}", *options(text, directory), f"--build.task={task}/3") for task in range(3)
+    ]
+    for process in running:
+        stderr = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, stderr
+    assert digests(build(text, directory, tokenizer)) == whole
+
+
+def test_a_stream_removed_while_the_build_is_unfinished_is_made_again(
+    text: Path, tokenizer: Tokenizer, whole: dict[str, str], tmp_path: Path
+) -> None:
+    directory, log = prepare(tmp_path / "s", tokenizer), tmp_path / "log"
+    assert faulty("commit:2", log, *options(text, directory))[0] == -signal.SIGKILL
+    shutil.rmtree(directory / "valid")
+    assert faulty("none", log, *options(text, directory))[0] == 0
+    assert digests(directory) == whole
+
+
 def test_tasks_of_an_array_in_any_order(
     text: Path, tokenizer: Tokenizer, whole: dict[str, str], tmp_path: Path
 ) -> None:
     for task in (3, 0, 4, 1, 2):
         build(text, tmp_path / "s", tokenizer, build=BuildConfig(workers=1, task=f"{task}/5"))
         assert not (tmp_path / "s/train").exists()
-    units = {path: path.stat().st_mtime_ns for path in (tmp_path / "s/build.partial/units").glob("*.unit")}
+    units = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").glob("build.partial/*/units/*.unit")}
     assert len(units) > 20
     build(text, tmp_path / "s", tokenizer, build=BuildConfig(workers=1, task="2/5"))  # once more: nothing to do
     assert {path: path.stat().st_mtime_ns for path in units} == units
@@ -221,6 +245,19 @@ def test_fault_25_killed_anywhere_the_same_command_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fault", ["shard:3", "commit:1", "unit:5", "bucket:1", "shuffle:1", "shuffle:2"])
+def test_fault_25_killed_while_deduplicating_or_shuffling(
+    text: Path, tokenizer: Tokenizer, tmp_path: Path, fault: str
+) -> None:
+    given = {"deduplicate": "true", "shuffle_seed": 3}
+    whole = digests(build(text, tmp_path / "whole", tokenizer, deduplicate=True, shuffle_seed=3))
+    directory, log = prepare(tmp_path / "s", tokenizer), tmp_path / "log"
+    assert faulty(fault, log, *options(text, directory, **given))[0] == -signal.SIGKILL
+    assert faulty("none", log, *options(text, directory, **given))[0] == 0
+    assert digests(directory) == whole
+
+
+@pytest.mark.slow
 def test_fault_25_fifty_kills_at_any_moment(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Uniform over the measured time of a build on two workers, from its first unit on; prints where each fell."""
     many = tmp_path / "many.txt"
@@ -241,8 +278,8 @@ def test_fault_25_fifty_kills_at_any_moment(tokenizer: Tokenizer, tmp_path: Path
         running = process.poll() is None
         os.killpg(process.pid, signal.SIGKILL) if running else None
         process.communicate()
-        entries = len(list(directory.glob("build.partial/train-shard-*.json")))
-        units = len(list(directory.glob("build.partial/units/*.unit")))
+        entries = len(list(directory.glob("build.partial/*/train-shard-*.json")))
+        units = len(list(directory.glob("build.partial/*/units/*.unit")))
         done = (
             "finished" if not running else "commit" if (directory / "valid").exists() or entries else f"{units} units"
         )
@@ -265,13 +302,47 @@ def test_fault_26_a_worker_killed_once_is_replaced(
     assert digests(directory) == whole
 
 
+def test_fault_26_a_worker_killed_in_the_commit_leaves_nothing(
+    text: Path, tokenizer: Tokenizer, whole: dict[str, str], tmp_path: Path
+) -> None:
+    directory, log = prepare(tmp_path / "s", tokenizer), tmp_path / "log"
+    code, stderr = faulty("shard-once:shard-00003", log, *options(text, directory, workers=2))
+    assert code == 0, stderr
+    assert "killed in shard-00003" in log.read_text()
+    assert digests(directory) == whole
+
+
+class Breaking(ThreadPoolExecutor):
+    """Breaks when a task is submitted, the third one, as a pool does whose worker died in between."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        Breaking.made += 1
+        self.submitted = 0
+
+    def submit(self, *arguments: Any, **named: Any) -> Any:
+        self.submitted += 1
+        if Breaking.made == 1 and self.submitted == 3:
+            raise BrokenExecutor("a worker died")
+        return super().submit(*arguments, **named)
+
+
+def test_fault_26_a_pool_that_breaks_between_tasks_is_made_anew(
+    text: Path, tokenizer: Tokenizer, whole: dict[str, str], tmp_path: Path
+) -> None:
+    assert digests(build(text, tmp_path / "s", tokenizer, Breaking)) == whole
+    assert Breaking.made == 2
+
+
 def test_fault_26_a_unit_that_kills_its_workers_is_set_aside(text: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     directory, log = prepare(tmp_path / "s", tokenizer), tmp_path / "log"
     fault = "worker:train-000000-000011"
     code, stderr = faulty(fault, log, *options(text, directory, workers=2))
     assert code == 2, stderr
     assert f"{text}, unit 11 (bytes 33,000 to 36,000): killed its worker twice" in stderr, stderr
-    units = sorted((directory / "build.partial/units").glob("*.unit"))
+    units = sorted(directory.glob("build.partial/*/units/*.unit"))
     assert len(units) == -(-text.stat().st_size // UNIT_BYTES) - 1, "all others are done"
     assert not (directory / "train").exists()
     given = options(text, directory, workers=2, on_bad_record="skip")
@@ -292,7 +363,7 @@ def test_fault_24_a_full_disk_is_said_and_the_build_goes_on(
         code, stderr = faulty(fault, log, *options(text, directory))
         assert code == 2, stderr
         assert stderr.strip().splitlines()[-1].startswith("error: [Errno 28] No space left on device; make room")
-        assert not list(directory.glob("build.partial/*/.*")), "no half file stays"
+        assert not list(directory.glob("build.partial/*/*/.*")), "no half file stays"
     assert len(encoded(log)) == len(set(encoded(log))) > 8
     assert faulty("none", log, *options(text, directory))[0] == 0
     assert digests(directory) == whole
@@ -310,12 +381,13 @@ def test_another_build_in_the_same_directory_is_refused(text: Path, tokenizer: T
     first = threading.Thread(target=build, args=(text, tmp_path / "s", tokenizer, lambda: Slow(1)))
     first.start()
     assert entered.wait(60)
-    with pytest.raises(UserError, match=rf"s: another build is working there \(.*process {os.getpid()}\); wait for it"):
+    with pytest.raises(
+        UserError, match=rf"s: another build is working there \(.*process {os.getpid()}, .*\); wait for it"
+    ):
         build(text, tmp_path / "s", tokenizer)
     leave.set()
     first.join()
-    assert (tmp_path / "s/train").exists()
-    assert not (tmp_path / "s/.build.lock").exists()
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["train", "valid"]
 
 
 def test_units_of_another_build_or_of_an_edited_file_are_not_used(
@@ -415,6 +487,15 @@ def digests_of_arrays(directory: Path) -> dict[str, str]:
     return {name: digest for name, digest in digests(directory).items() if name.endswith(".npy")}
 
 
+def test_fault_27_a_long_word_with_a_bad_end_is_one_rejected_record(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "word.txt").write_bytes(b"good one\n" + b"x" * 3_000_000 + b"\xff\nanother good one\n")
+    given = {"max_document_bytes": 2**20, "valid_fraction": 0, "unit_bytes": 2**25}
+    build(tmp_path / "word.txt", tmp_path / "s", tokenizer, on_bad_record="skip", **given)
+    assert decoded(tmp_path / "s", "train", tokenizer) == ["good one", "another good one"]
+    records = TokenStream(tmp_path / "s/train").manifest.records
+    assert records == {"read": 3, "kept": 2, "empty": 0, "invalid UTF-8": 1}
+
+
 def test_fault_27_every_rejected_record_is_counted_and_listed(tmp_path: Path, tokenizer: Tokenizer) -> None:
     good = [json.dumps({"text": text}).encode() for text in make_text(300, seed=8)]
     bad = {
@@ -443,7 +524,7 @@ def test_fault_27_every_rejected_record_is_counted_and_listed(tmp_path: Path, to
         listed = [json.loads(line) for line in (tmp_path / policy / "train/rejected.jsonl").read_text().splitlines()]
         if policy == "replace":
             assert listed.pop(0) == {**expected[0], "reason": "invalid UTF-8, mended"}
-            assert manifest.mended == 1
+            assert manifest.mended + TokenStream(tmp_path / policy / "valid").manifest.mended == 1
         assert listed == expected[policy == "replace" :]
         records = dict(manifest.records)
         valid = TokenStream(tmp_path / policy / "valid").manifest.records["kept"]
