@@ -2,7 +2,7 @@
 
 Import what you need from the module that owns it, for example ``from rnnlm.stream import TokenStream``.
 The modules, each importing only from those before it: config, corpus, tokenizer, words, encoder, stream, foreign,
-units, build, substreams, cells, loss, model, optim, evaluate, generate, checkpoint, metrics, trainer.
+units, workers, build, substreams, cells, loss, model, optim, evaluate, generate, checkpoint, metrics, trainer.
 """
 
 __version__ = "0.1.0"

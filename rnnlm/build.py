@@ -14,17 +14,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import socket
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -51,6 +49,7 @@ from rnnlm.units import (
     tokens_of,
     write_unit,
 )
+from rnnlm.workers import Workers, dask, pool
 
 BUCKET_DOCUMENTS = 2**20  # whose hashes are compared at once
 SHUFFLED_TOKENS = 2**23  # of a unit of shuffled documents, about, or
@@ -129,98 +128,6 @@ def _write(path: Path, data: bytes) -> None:
     partial = temporary(path)
     write_durably(partial, data)
     partial.replace(path)
-
-
-class Inline(Executor):
-    """Runs each task at once, in this process."""
-
-    def submit(self, fn: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
-        """Run it; the future is done."""
-        future: Future[Any] = Future()
-        try:
-            future.set_result(fn(*arguments, **options))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
-class Workers:
-    """Runs tasks on an executor; one whose worker dies is tried again, alone, and the second time set aside."""
-
-    def __init__(self, make: Callable[[], Executor], width: int, close: Callable[[], None] = lambda: None):
-        self.make, self.width, self.close = make, width, close
-        self._executor: Executor | None = None
-        self._running: dict[Future[None], Any] = {}
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for future in self._running:  # what has not begun; what has is let finish
-            future.cancel()
-        if self._executor is not None:
-            self._executor.shutdown()
-        self.close()
-
-    def run(
-        self,
-        function: Callable[[Setting, Any], None],
-        setting: Setting,
-        tasks: Iterable[Any],
-        done: Callable[[Any], None],
-    ) -> list[Any]:
-        """Run all; calls done(task) after each. The tasks that killed their worker twice.
-
-        Raises:
-            Whatever else a task raises, as soon as it does.
-        """
-        waiting, suspects, aside = deque(tasks), deque[Any](), list[Any]()
-        strikes: Counter[int] = Counter()
-        running = self._running
-        while waiting or suspects or running:
-            source, limit = (suspects, 1) if suspects else (waiting, 2 * self.width)
-            while source and len(running) < limit:
-                self._executor = self._executor or self.make()
-                try:
-                    future = self._executor.submit(function, setting, source[0])
-                except BrokenExecutor:  # found out here; which task was it the next lines say
-                    self._give_up()
-                    if running:
-                        break
-                    continue
-                running[future] = source.popleft()
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task = running.pop(future)
-                error = future.exception()
-                if error is None:
-                    done(task)
-                    continue
-                if not isinstance(error, (BrokenExecutor, MemoryError)) and type(error).__name__ != "KilledWorker":
-                    raise error
-                if isinstance(error, BrokenExecutor):
-                    self._give_up()
-                strikes[id(task)] += 1
-                (suspects if strikes[id(task)] < 2 else aside).append(task)
-        return aside
-
-    def _give_up(self) -> None:
-        """A pool that lost one worker is no use any more: the others end too."""
-        if self._executor is not None:
-            self._executor.shutdown()
-        self._executor = None
-
-
-def _start_worker() -> None:
-    """A worker leaves Ctrl-C to its parent, which lets it finish its unit, and does not outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 class Build:
@@ -331,11 +238,8 @@ class Build:
         if executor is not None:
             return Workers(executor, workers)
         if self.config.build.dask:
-            return _dask(self.config.build.dask)
-        if min(workers, jobs) <= 1:
-            return Workers(Inline, 1)
-        context = multiprocessing.get_context("spawn")
-        return Workers(lambda: ProcessPoolExecutor(workers, context, _start_worker), workers)
+            return dask(self.config.build.dask)
+        return pool(min(workers, jobs))
 
     def _jobs(self, workers: int) -> Iterator[Job]:
         return chain.from_iterable(
@@ -567,18 +471,6 @@ def _totals(parts: Iterable[Part]) -> Iterator[npt.NDArray[np.int64]]:
 def _no_strays(aside: Sequence[Any]) -> None:
     if aside:
         raise UserError(f"{aside[0][0]}: its worker was killed twice, out of memory perhaps; use fewer build.workers")
-
-
-def _dask(address: str) -> Workers:
-    try:
-        import distributed
-    except ImportError as error:
-        raise UserError(f"build.dask={address}: needs Dask; pip install 'rnnlm[dask]'") from error
-    try:
-        client: Any = distributed.Client(address)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError) as error:
-        raise UserError(f"build.dask={address}: no scheduler answers there ({error})") from error
-    return Workers(client.get_executor, max(1, sum(client.ncores().values())), client.close)
 
 
 def parse_task(text: str) -> tuple[int, int]:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command, environment
 
-ORDER = ["config", "corpus", "tokenizer", "words", "encoder", "stream", "foreign", "units", "build", "substreams",
-         "cells", "loss", "model", "optim", "evaluate", "generate", "checkpoint", "metrics", "trainer"]  # fmt: skip
+ORDER = ["config", "corpus", "tokenizer", "words", "encoder", "stream", "foreign", "units", "workers", "build",
+         "substreams", "cells", "loss", "model", "optim", "evaluate", "generate", "checkpoint", "metrics",
+         "trainer"]  # fmt: skip
 HOMES = {
     "sentencepiece": "tokenizer",
     "safetensors": "checkpoint",
@@ -20,7 +21,7 @@ HOMES = {
     "wandb": "metrics",
     "numba": "words",
     "pyarrow": "corpus",
-    "distributed": "build",
+    "distributed": "workers",
 }
 SOURCES = sorted(path for folder in ("rnnlm", "launch", "tools") for path in (ROOT / folder).glob("*.py"))
 
