@@ -416,7 +416,8 @@ def _pieces(chunks: Iterator[bytes], corpus: CorpusConfig, only: int | None = No
             if open_record:
                 cut = _next_start(buffer, 0, document, final)
                 open_record = cut < 0
-                if open_record and (cut := min(_safe(buffer, document), CHUNK_BYTES)) <= 0:
+                blank = len(buffer) - len(buffer.lstrip(b"\r\n")) if start == 0 else 0  # before the first paragraph
+                if open_record and (cut := min(_safe(buffer, document), max(CHUNK_BYTES, blank + 1))) <= 0:
                     break  # a separator may just have begun
                 yield _Piece(unit, start, bytes(buffer[:cut]), open_record)
             else:

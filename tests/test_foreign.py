@@ -285,6 +285,7 @@ def plain(stream: TokenStream) -> npt.NDArray[Any]:
     return stream.windows(np.array([0]), len(stream))[0]
 
 
+@pytest.mark.slow
 def test_a_run_on_adopted_tokens_is_the_run_on_the_same_stream_but_for_its_text(
     streams: Path, experiment: Path, tmp_path: Path, run_door: Door
 ) -> None:
