@@ -2,10 +2,11 @@
 
 Under a BPE model with SentencePiece's default whitespace splitting no piece has a space behind another character, so
 no merge crosses from a word into the space before the next one, and the ids of a text are those of its words, one
-after the other. So the encoder cuts texts at white space, looks each word up in a table that fills itself, and asks
-SentencePiece for the words that are new, each in its context:
+after the other. So the encoder cuts texts at white space, looks each word up in a table that fills itself, and spells
+the words that are new by the model's own rules and merges (words.py), or, where those are not plain (user-defined
+symbols, white space made by a rule), asks SentencePiece for each in its context:
 
-    "The cat  sat"  ->  "The"  " cat"  " sat"  ->  table: seen / new  ->  encode("x cat y") without the ids of x and y
+    "The cat  sat"  ->  "The"  " cat"  " sat"  ->  table: seen / new  ->  merges, or encode("x cat y") without x and y
 
 Where that is not proven, the text is encoded whole: by model (`why_not`: unigram, pieces that span words, rules that
 touch white space), and by text, when a word's ids change with what follows it (a normalisation that leaves a space at
