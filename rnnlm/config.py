@@ -54,7 +54,10 @@ class CorpusConfig:
     """Invalid UTF-8, JSON, compression, a missing field, an oversized document: stop and name file and byte; or skip,
     count and list in rejected.jsonl; replace: mend invalid UTF-8 with U+FFFD, list that too, skip the rest."""
     max_document_bytes: int = 16 * 2**20
-    """Longest document of JSON, of parquet, and of any text if the tokenizer is not a BPE; longer ones are bad."""
+    """Longest record of JSON and document of parquet, which are held in memory; longer ones are bad."""
+    max_whole_bytes: int = 2**20
+    """Longest text that only SentencePiece can encode, in 60 times its memory: a document if the tokenizer is not a
+    BPE, a word without white space if it is; longer ones are bad. Other documents may have any length."""
     deduplicate: bool = False
     """Keep only the first of documents with the same bytes (by a 128-bit hash), within each of train, valid, test."""
     shuffle_seed: int = -1
@@ -285,7 +288,8 @@ class Config:
     def faults(self) -> list[str]:
         """Every value that cannot work, as `section.key=value: what is expected`."""
         low = {  # inclusive lower bounds
-            "corpus.unit_bytes": 1, "corpus.max_document_bytes": 1, "corpus.shuffle_seed": -1, "build.workers": 0,
+            "corpus.unit_bytes": 1, "corpus.max_document_bytes": 1, "corpus.max_whole_bytes": 1,
+            "corpus.shuffle_seed": -1, "build.workers": 0,
             "tokenizer.vocab_size": 1, "tokenizer.character_coverage": 0.98, "train.seed": 0,
             "generate.seed": 0, "tokenizer.seed": 0, "stream.split_seed": 0, "tokenizer.sample_bytes": 1,
             "stream.shard_tokens": 1, "stream.valid_fraction": 0, "model.embedding_size": 1, "model.hidden_size": 1,

@@ -96,7 +96,7 @@ class Rejected(NamedTuple):
 
 @dataclass
 class LongDocument:
-    """A document above corpus.max_document_bytes, in parts of valid UTF-8 as they are read.
+    """A document above corpus.max_whole_bytes, in parts of valid UTF-8 as they are read.
 
     Taking a part may raise BadRecordError; `reject` is for a consumer that cannot take the document.
     """
@@ -285,7 +285,7 @@ def _document(source: Source, offset: int, record: bytes, valid: bool, corpus: C
                 return _reject(source, offset, f"invalid UTF-8 ({error})", "mend it", corpus)
             record, mended = record.decode(errors="replace").encode(), True
     if corpus.document == "jsonl" and len(record) > corpus.max_document_bytes:
-        return _oversized(source, offset, len(record), corpus)
+        return _oversized(source, offset, corpus, len(record), "max_document_bytes")
     if corpus.document == "jsonl" and record.strip():
         try:
             record = _json_field(record, corpus.field)
@@ -298,17 +298,17 @@ def _checked(source: Source, offset: int, text: bytes, mended: bool, corpus: Cor
     begin = text.lstrip()[:1]
     if not begin or ((begin < b" " or begin >= b"\x80") and text.decode().isspace()):
         return Rejected(source.name, offset, "empty")
-    if len(text) > corpus.max_document_bytes:
-        if corpus.document == "jsonl" or _is_parquet(source):
-            return _oversized(source, offset, len(text), corpus)
-        return LongDocument(
-            source.name, offset, iter([text]), partial(_oversized, source, offset, corpus=corpus), mended
-        )
+    if len(text) > corpus.max_document_bytes and (corpus.document == "jsonl" or _is_parquet(source)):
+        return _oversized(source, offset, corpus, len(text), "max_document_bytes")
+    if len(text) > corpus.max_whole_bytes:
+        return LongDocument(source.name, offset, iter([text]), partial(_oversized, source, offset, corpus), mended)
     return Document(source.name, offset, text, mended)
 
 
-def _oversized(source: Source, offset: int, size: int, corpus: CorpusConfig) -> Rejected:
-    reason = f"oversized document ({size:,} bytes, corpus.max_document_bytes={corpus.max_document_bytes:,})"
+def _oversized(
+    source: Source, offset: int, corpus: CorpusConfig, size: int, option: str = "max_whole_bytes"
+) -> Rejected:
+    reason = f"oversized document ({size:,} bytes, corpus.{option}={getattr(corpus, option):,})"
     return _reject(source, offset, reason, "raise that, if there is memory for some of them", corpus)
 
 
@@ -352,11 +352,9 @@ def _long(first: _Piece, pieces: Iterator[_Piece], source: Source, corpus: Corpu
         raise BadRecordError(_reject(source, first.offset, reason, "mend it", corpus)) from error
 
     if corpus.document == "jsonl":
-        yield _oversized(source, first.offset, sum(map(len, raw)), corpus)
+        yield _oversized(source, first.offset, corpus, sum(map(len, raw)), "max_document_bytes")
     else:
-        document = LongDocument(
-            source.name, first.offset, whole(), partial(_oversized, source, first.offset, corpus=corpus)
-        )
+        document = LongDocument(source.name, first.offset, whole(), partial(_oversized, source, first.offset, corpus))
         yield document
         with suppress(_DamagedError):
             for _ in raw:  # what the consumer left
@@ -398,6 +396,7 @@ def _pieces(chunks: Iterator[bytes], corpus: CorpusConfig, only: int | None = No
     With `only`, the chunks begin just before its range, most often in the middle of a record of an earlier unit.
     """
     document, size = corpus.document, 2**62 if corpus.document == "file" else corpus.unit_bytes
+    longest = corpus.max_document_bytes if document == "jsonl" else corpus.max_whole_bytes
     buffer, begun, open_record = bytearray(), not only, False
     start = max(0, (only or 0) * size - (3 if document == "paragraph" else 1))  # offset of the buffer's first byte
     unit = only or 0
@@ -430,7 +429,7 @@ def _pieces(chunks: Iterator[bytes], corpus: CorpusConfig, only: int | None = No
                     yield _Piece(unit, start, bytes(buffer[:cut]))
                 else:
                     text = buffer if document == "file" else buffer.strip(b"\r\n")
-                    open_record = len(text) > corpus.max_document_bytes
+                    open_record = len(text) > longest
                     if not open_record:
                         break
             del buffer[:cut]

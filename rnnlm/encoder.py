@@ -188,16 +188,16 @@ class Encoder:
             self.why_not = "the rules change the words x and y, between which others are tried"
         # ids that may not end a word before another one, or begin one: the space or the unknown run might reach over
         self._open_ended = np.array([tokenizer.piece(token).endswith(META) for token in range(tokenizer.vocab_size)])
-        self._table = np.zeros((TABLE_SLOTS, 4), np.uint64)
+        self._table = _touched((TABLE_SLOTS, 4), np.uint64)
         self._block = np.zeros((BLOCK, 4), np.uint64)
         self._counts = np.zeros(2, np.int64)  # entries, bytes of keys
         self._filled = 0  # entries whose ids are known
-        self._keys = np.zeros(KEY_BYTES + 2 * BATCH_BYTES, np.uint8)
+        self._keys = _touched(KEY_BYTES + 2 * BATCH_BYTES, np.uint8)
         entries = MAX_WORDS + BATCH_BYTES
-        self._kinds = np.zeros(entries, np.uint8)
-        self._key_ends = np.zeros(entries, np.int64)
-        self._entries = np.zeros((entries, 4), np.int32)  # first id, number of ids or -1, words
-        self._ids, self._used = np.zeros(2**21, self.dtype), 0
+        self._kinds = _touched(entries, np.uint8)
+        self._key_ends = _touched(entries, np.int64)
+        self._entries = _touched((entries, 4), np.int32)  # first id, number of ids or -1, words
+        self._ids, self._used = _touched(2**21, self.dtype), 0
         self._speller = _speller(tokenizer)
 
     def encode(self, documents: Sequence[bytes]) -> tuple[Array, Array, Array]:
@@ -380,6 +380,13 @@ class Encoder:
         self._filled = kept
         self._used = int((self._entries[:kept, 0] + np.maximum(self._entries[:kept, 1], 0)).max(initial=0))
         self._counts[:] = kept, self._key_ends[kept - 1] if kept else 0
+
+
+def _touched(shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    """Zeros that take their memory now: what fits at the start fits at the end."""
+    made = np.empty(shape, dtype)
+    made.fill(0)
+    return made
 
 
 def _join(parts: Sequence[tuple[Array, Array, Array]]) -> tuple[Array, Array, Array]:

@@ -1,4 +1,4 @@
-"""Unit files: what became of one work unit, on disk; their documents deduplicated, shuffled, dealt out to streams.
+"""Unit files: what became of one work unit, on disk, and its documents dealt out to streams.
 
 A unit file is written once, under a temporary name, and renamed: what has its name is whole, and is never made again.
 It holds the tokens of its documents, one row of numbers for each, and its totals:
@@ -7,10 +7,8 @@ It holds the tokens of its documents, one row of numbers for each, and its total
     rows     int64 (documents, columns): TOKENS, BYTES, WORDS, TO_VALID; with deduplication the two halves of a hash
     footer   JSON, and its length in eight bytes
 
-Rows and tokens are mapped, hashes are compared in buckets, a shuffled order is computed and not stored: no step holds
-more than a bounded part of the corpus in memory. The price: until the streams are committed the tokens lie on disk
-twice, with a shuffle three times; each bucket of hashes reads the rows of all units, each shuffled unit those it takes
-documents from, which are nearly all: beyond some hundred gigabytes shuffle the files before.
+Rows and tokens are mapped, a block at a time: no step holds more than a bounded part of the corpus in memory. The
+price: until the streams are committed the tokens lie on disk twice.
 """
 
 from __future__ import annotations
@@ -31,13 +29,13 @@ import numpy.typing as npt
 from rnnlm.config import Config
 from rnnlm.corpus import BadRecordError, Document, Item, LongDocument, Rejected, fraction, fraction_of, hashing
 from rnnlm.encoder import Encoder
-from rnnlm.stream import fsync_directory, temporary
+from rnnlm.stream import fsync_directory, temporary, write_durably
 
 TOKENS, BYTES, WORDS, TO_VALID, HASH = range(5)  # columns of rows; HASH and the next one with deduplication
 BATCH_BYTES = 2**20  # of documents encoded at once, or
 BATCH_DOCUMENTS = 2**14
 COPY_TOKENS = 2**20  # of a unit gathered at once, or
-COPY_ROWS = 2**18
+COPY_ROWS = 2**16
 Array = npt.NDArray[Any]
 
 
@@ -70,6 +68,18 @@ def write_unit(path: Path, items: Iterable[Item], splits_off: bool, config: Conf
 def rejected_path(path: Path) -> Path:
     """Where the records that a unit rejected are listed, if there are any."""
     return path.with_suffix(".rejected")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file of JSON as a whole."""
+    write_whole(path, json.dumps(value).encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, and give it its name when it is on disk."""
+    partial = temporary(path)
+    write_durably(partial, data)
+    partial.replace(path)
 
 
 @dataclass
@@ -151,7 +161,7 @@ class _Writer:
             try:
                 if self.encoder.why_not:
                     raise OverflowError(self.encoder.why_not)
-                for ids, words in self.encoder.encode_long(parts(), self.config.corpus.max_document_bytes):
+                for ids, words in self.encoder.encode_long(parts(), self.config.corpus.max_whole_bytes):
                     self.tokens.write(ids.data)
                     sizes += [len(ids), 0, words]
             except OverflowError:  # a text or a word too long to hold
@@ -217,26 +227,25 @@ class Part:
 
     path: Path
     to_valid: int
-    dropped: Path | None
     totals: tuple[int, int, int, int]  # documents, TOKENS, BYTES, WORDS
+    number: int = 0  # of the unit's first document among all of its split
+    dropped: tuple[Path, ...] = ()  # files of the numbers of those dropped, ascending
 
-    def chosen(self, rows: Array) -> npt.NDArray[np.int64]:
-        """The numbers of the rows that belong to it."""
-        return np.concatenate([np.empty(0, np.int64), *(first + chosen for first, _, chosen in self.blocks(rows))])
-
-    def blocks(self, rows: Array) -> Iterator[tuple[int, Array, npt.NDArray[np.int64]]]:
-        """(number of the first, rows, which of them belong to it) of some rows at a time."""
-        dropped = np.empty(0, np.int64) if self.dropped is None else np.load(self.dropped, mmap_mode="r")
+    def blocks(self, rows: Array) -> Iterator[tuple[Array, npt.NDArray[np.int64]]]:
+        """(rows, which of them belong to it) of some rows at a time."""
+        dropped = [np.load(path, mmap_mode="r") for path in self.dropped]
         for first in range(0, len(rows), COPY_ROWS):
             block = np.asarray(rows[first : first + COPY_ROWS])
             mask = block[:, TO_VALID] == self.to_valid
-            mask[dropped[slice(*np.searchsorted(dropped, [first, first + len(block)]))] - first] = False
-            yield first, block, np.flatnonzero(mask)
+            number = self.number + first
+            for numbers in dropped:
+                mask[numbers[slice(*np.searchsorted(numbers, [number, number + len(block)]))] - number] = False
+            yield block, np.flatnonzero(mask)
 
 
 def rows_of(part: Part) -> Iterator[Array]:
     """(documents, 3): TOKENS, BYTES, WORDS of a part's documents, some at a time."""
-    for _, rows, chosen in part.blocks(UnitFile(part.path).rows):
+    for rows, chosen in part.blocks(UnitFile(part.path).rows):
         yield rows[chosen, :TO_VALID]
 
 
@@ -260,7 +269,7 @@ def _blocks(part: Part) -> Iterator[Array]:
     tokens, before = unit.tokens, 0
     waiting: list[Array] = []
     size = 0
-    for _, rows, chosen in part.blocks(unit.rows):
+    for rows, chosen in part.blocks(unit.rows):
         ends = before + np.cumsum(rows[:, TOKENS])
         before = int(ends[-1])
         first = np.diff(chosen, prepend=-2) > 1  # of a run
@@ -275,76 +284,3 @@ def _blocks(part: Part) -> Iterator[Array]:
                     waiting, size = [], 0
     if waiting:
         yield np.concatenate(waiting)
-
-
-def find_duplicates(paths: Sequence[Path], bucket: int, buckets: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Numbers, over all units and ascending, of documents whose hash an earlier one has; of one bucket of hashes."""
-    known, before = np.empty(0, "S16"), 0
-    for path in paths:
-        rows = UnitFile(path).rows
-        for start in range(0, len(rows), COPY_ROWS):
-            hashes = np.ascontiguousarray(rows[start : start + COPY_ROWS, HASH:])
-            mine = np.flatnonzero(hashes.view(np.uint64)[:, 0] % np.uint64(buckets) == bucket)
-            keys = hashes[mine].view("S16").reshape(-1)
-            new, firsts = np.unique(keys, return_index=True)
-            again = np.ones(len(keys), bool)
-            again[firsts[~np.isin(new, known)]] = False
-            yield before + start + mine[again]
-            known = np.union1d(known, new)
-        before += len(rows)
-
-
-def shuffle_unit(path: Path, parts: Sequence[Part], first: int, last: int, seed: int) -> None:
-    """Write the documents first ... last - 1 of the shuffled parts as a unit file."""
-    ends = np.cumsum([part.totals[0] for part in parts])
-    numbers = permuted(np.arange(first, last, dtype=np.uint64), int(ends[-1]), seed).astype(np.int64)
-    owners = np.searchsorted(ends, numbers, side="right")
-    rows, begins = np.zeros((len(numbers), HASH), np.int64), np.zeros(len(numbers), np.int64)
-    for owner in np.unique(owners):
-        mine, unit = owners == owner, UnitFile(parts[owner].path).rows
-        chosen = parts[owner].chosen(unit)[numbers[mine] - (ends[owner] - parts[owner].totals[0])]
-        rows[mine, :TO_VALID] = unit[chosen, :TO_VALID]
-        begins[mine] = (np.cumsum(unit[:, TOKENS]) - unit[:, TOKENS])[chosen]
-    places = np.cumsum(rows[:, TOKENS]) - rows[:, TOKENS]
-    partial = temporary(path)
-    with partial.open("wb") as file:
-        for owner in np.unique(owners):  # in the order of the disk
-            tokens = UnitFile(parts[owner].path).tokens
-            mine = np.flatnonzero(owners == owner)
-            for row in mine[np.argsort(begins[mine])].tolist():
-                for first_token in range(0, int(rows[row, TOKENS]), COPY_TOKENS):  # a call writes two gigabytes at most
-                    begin = int(begins[row]) + first_token
-                    block = tokens[begin : min(begin + COPY_TOKENS, int(begins[row] + rows[row, TOKENS]))]
-                    os.pwrite(file.fileno(), block.data, (int(places[row]) + first_token) * tokens.itemsize)
-        size = int(rows[:, TOKENS].sum())
-        file.seek(size * tokens.itemsize)
-        footer = {"dtype": tokens.dtype.str, "tokens": size, "rows": len(rows), "columns": HASH}
-        text = json.dumps(footer).encode()
-        file.write(rows.tobytes() + text + len(text).to_bytes(8, "little"))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def permuted(numbers: npt.NDArray[np.uint64], size: int, seed: int) -> npt.NDArray[np.uint64]:
-    """Where a keyed permutation of 0 ... size - 1 takes these numbers, without storing it.
-
-    A Feistel network (Luby & Rackoff 1988) of six rounds on the next even number of bits; what leaves the range goes
-    through again (cycle walking, Black & Rogaway 2002).
-    """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    keys = np.frombuffer(hashlib.blake2b(seed.to_bytes(8, "little", signed=True), digest_size=48).digest(), "<u8")
-
-    def once(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        mask = np.uint64((1 << int(half)) - 1)
-        left, right = value >> half, value & mask
-        for key in keys:
-            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
-        return (left << half) | right
-
-    out = once(numbers)
-    while len(outside := np.flatnonzero(out >= size)):
-        out[outside] = once(out[outside])
-    return out

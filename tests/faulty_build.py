@@ -2,10 +2,10 @@
 
 Every unit that is written is a line in LOG before and after, also in workers: those import this file anew.
 FAULT: none; a place and a number, as in `unit:5`: SIGKILL to the whole process group there at that time, from 1 on,
-at `unit` (encoding it), `unit-end` (before its rename), `bucket` (of hashes), `shuffle`, `shard`, `shard-end`, `commit`
-(before the rename of a stream), `commit-end`; `shard-once:NAME` kills the worker that writes that shard, once;
-`worker:NAME` kills the worker alone whenever it encodes that unit, `worker-once:NAME` the first time;
-`full:3`: no space is left on the disk at the third fsync of a process.
+at `unit` (encoding it), `unit-end` (before its rename), the name of a function of a task, such as `find_repeats`, or
+`find_repeats-end`, `shard`, `shard-end`, `commit` (before the rename of a stream), `commit-end`; `shard-once:NAME`
+kills the worker that writes that shard, once; `worker:NAME` kills the worker alone whenever it encodes that unit,
+`worker-once:NAME` the first time; `full:3`: no space is left on the disk at the third fsync of a process.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import build_stream
 
+import rnnlm.assemble
 import rnnlm.build
-import rnnlm.units
 from rnnlm.config import run_door
 
 FAULT, LOG = os.environ["FAULT"], Path(os.environ["LOG"])
 times: Counter[str] = Counter()
-write_unit, write_shard, commit, fsync = rnnlm.build.write_unit, rnnlm.build.write_shard, rnnlm.build.commit, os.fsync
-find_duplicates, shuffle_unit = rnnlm.build.find_duplicates, rnnlm.build.shuffle_unit
+do_task, fsync = rnnlm.assemble.do_task, os.fsync
+write_unit, write_shard, commit = rnnlm.build.write_unit, rnnlm.assemble.write_shard, rnnlm.assemble.commit
 
 
 def log(line: str) -> None:
@@ -76,14 +76,10 @@ def faulty_shard(path: Path, parts: Any, tokenizer: Any) -> Any:
     return result
 
 
-def faulty_bucket(*arguments: Any) -> Any:
-    point("bucket")
-    return find_duplicates(*arguments)
-
-
-def faulty_shuffle(*arguments: Any, **named: Any) -> Any:
-    point("shuffle")
-    return shuffle_unit(*arguments, **named)
+def faulty_task(setting: Any, task: Any) -> None:
+    point(task.function.__name__)
+    do_task(setting, task)
+    point(f"{task.function.__name__}-end")
 
 
 def faulty_commit(*arguments: Any) -> Any:
@@ -101,15 +97,11 @@ def faulty_fsync(handle: int) -> None:
     fsync(handle)
 
 
-patches: dict[str, Callable[..., Any]] = {
-    "write_unit": faulty_unit,
-    "write_shard": faulty_shard,
-    "commit": faulty_commit,
-    "find_duplicates": faulty_bucket,
-    "shuffle_unit": faulty_shuffle,
-}
+patches: dict[str, Callable[..., Any]] = {"write_shard": faulty_shard, "commit": faulty_commit, "do_task": faulty_task}
 for name, patch in patches.items():
-    setattr(rnnlm.build, name, patch)
+    setattr(rnnlm.assemble, name, patch)
+rnnlm.build.write_unit = faulty_unit
+rnnlm.assemble.RUN_HASHES, rnnlm.assemble.RUN_TOKENS = 100, 2000  # several runs even of a small text
 os.fsync = faulty_fsync
 
 if __name__ == "__main__":

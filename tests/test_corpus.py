@@ -158,7 +158,7 @@ def expected(data: bytes, corpus: CorpusConfig) -> list[Found]:
         if not text.strip():
             found.append(Rejected("text.txt", begin, "empty"))
         else:
-            kind = Joined if len(text) > corpus.max_document_bytes else Document
+            kind = Joined if len(text) > corpus.max_whole_bytes else Document
             found.append(kind("text.txt", begin, text, text != record))
         begin = separator.end() if separator else len(data)
     return found
@@ -205,7 +205,7 @@ def test_every_way_to_read_a_file_finds_what_is_there(
     directory: Path, drawn: tuple[Any, bytes], unit_bytes: int, longest: int, chunk: int
 ) -> None:
     document, data = drawn
-    corpus = CorpusConfig(document=document, unit_bytes=unit_bytes, max_document_bytes=longest, on_bad_record="replace")
+    corpus = CorpusConfig(document=document, unit_bytes=unit_bytes, max_whole_bytes=longest, on_bad_record="replace")
     assert read_both_ways(directory, data, chunk, corpus) == expected(data, corpus)
 
 
@@ -220,7 +220,7 @@ def test_stray_carriage_returns_never_lose_or_join_paragraphs(
     whole = read_all(path, document="paragraph")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rnnlm.corpus, "CHUNK_BYTES", chunk)
-        found = read_all(path, document="paragraph", unit_bytes=unit_bytes, max_document_bytes=longest)
+        found = read_all(path, document="paragraph", unit_bytes=unit_bytes, max_whole_bytes=longest)
     assert [text.strip("\r\n") for text in texts(found)] == [text.strip("\r\n") for text in texts(whole)]
     assert "".join("".join(texts(whole)).split()) == "".join(data.decode().split())
 
@@ -375,7 +375,7 @@ def test_bad_records_name_file_and_byte_or_are_counted(
     after = b"" if document == "file" else b'\n\n{"text": "after"}'
     path = tmp_path / "bad.txt"
     path.write_bytes(good + record + after)
-    options = {"document": document, "max_document_bytes": 200_000}
+    options = {"document": document, "max_document_bytes": 200_000, "max_whole_bytes": 200_000}
     with pytest.raises(UserError, match=rf"bad.txt: record at byte {len(good)}: {reason} .*on_bad_record=skip"):
         read_all(path, **options)
     found = read_all(path, **options, on_bad_record="skip")
@@ -413,7 +413,7 @@ def test_a_long_document_is_bad_as_a_whole(tmp_path: Path, document: str, suffix
     before, after = (b"", b"") if document == "file" else (b"b\n\n", b"\n\nc")
     path = tmp_path / f"text.txt{suffix}"
     path.write_bytes(PACK[suffix](before + bad + after))
-    options = {"document": document, "max_document_bytes": 20}
+    options = {"document": document, "max_whole_bytes": 20}
 
     message = rf"text.txt{suffix}: record at byte {len(before)}: invalid UTF-8 .*on_bad_record=skip"
     with pytest.raises(UserError, match=message):
@@ -436,7 +436,7 @@ def test_a_long_document_may_be_left_or_refused(tmp_path: Path, document: str) -
     path.write_bytes(
         "\ufeff".encode() + b"long " * 20 + (b"" if document == "file" else b"\n\nshort\n\n" + b"more " * 9)
     )
-    corpus = CorpusConfig(train=str(path), document=document, max_document_bytes=20, on_bad_record="skip")  # type: ignore[arg-type]
+    corpus = CorpusConfig(train=str(path), document=document, max_whole_bytes=20, on_bad_record="skip")  # type: ignore[arg-type]
     (job,) = all_jobs(corpus)
     for taken in (0, 1, 2):
         kinds = []
@@ -453,7 +453,7 @@ def test_a_long_document_may_be_left_or_refused(tmp_path: Path, document: str) -
     strict = replace(corpus, on_bad_record="fail")
     first = next(item for _, items in read(job, strict) for item in items)
     assert isinstance(first, LongDocument)
-    with pytest.raises(UserError, match=r"text.txt: record at byte 0: oversized .*123 bytes.*max_document_bytes=20"):
+    with pytest.raises(UserError, match=r"text.txt: record at byte 0: oversized .*123 bytes.*max_whole_bytes=20"):
         first.reject(123)
 
 
@@ -462,7 +462,7 @@ def test_a_long_document_may_be_left_or_refused(tmp_path: Path, document: str) -
 def test_damage_within_a_long_document(tmp_path: Path, policy: str) -> None:
     path = tmp_path / "text.txt.gz"
     path.write_bytes(gzip.compress(b"first\n" + b"long " * 200)[:-9])
-    options = {"max_document_bytes": 20, "on_bad_record": policy}
+    options = {"max_whole_bytes": 20, "on_bad_record": policy}
     if policy == "fail":
         with pytest.raises(UserError, match="text.txt.gz: record at byte 6: damaged file"):
             read_all(path, **options)
@@ -551,7 +551,7 @@ def test_nul_bytes_are_text(tmp_path: Path, document: str, longest: int) -> None
     text = "a\0b\0\0 c\0"
     path.write_text(json.dumps({"text": text}) if document == "jsonl" else text)
     if document != "jsonl" or longest > len(text):
-        assert texts(read_all(path, document=document, max_document_bytes=longest)) == [text]
+        assert texts(read_all(path, document=document, max_whole_bytes=longest)) == [text]
     path.write_bytes(b"\0\n")
     if document != "jsonl":
         assert texts(read_all(path, document=document)) == ["\0" if document != "file" else "\0\n"]

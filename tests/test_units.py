@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 from rnnlm.build import Build
 from rnnlm.config import BuildConfig, Config, CorpusConfig, StreamConfig, UserError
 from rnnlm.corpus import fraction_of
+from rnnlm.spill import permuted
 from rnnlm.stream import TokenStream
 from rnnlm.tokenizer import Tokenizer
-from rnnlm.units import permuted
 
 UNIT_BYTES = 3000
 OPTIONS = {"unit_bytes": UNIT_BYTES, "shard_tokens": 700, "valid_fraction": 0.2}
@@ -244,8 +244,14 @@ def test_fault_25_killed_anywhere_the_same_command_goes_on(
     assert fault.startswith("unit") or encoded(log) == before, "the commit encodes nothing again"
 
 
+STEPS = (
+    "unit", "spill_hashes", "spill_hashes-end", "find_repeats", "find_repeats-end", "drop_repeats", "drop_repeats-end",
+    "spill_shuffled", "spill_shuffled-end", "gather_shuffled", "gather_shuffled-end", "shard", "commit",
+)  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["shard:3", "commit:1", "unit:5", "bucket:1", "shuffle:1", "shuffle:2"])
+@pytest.mark.parametrize("fault", [f"{step}:2" for step in STEPS])
 def test_fault_25_killed_while_deduplicating_or_shuffling(
     text: Path, tokenizer: Tokenizer, tmp_path: Path, fault: str
 ) -> None:
@@ -412,7 +418,7 @@ def decoded(directory: Path, split: str, tokenizer: Tokenizer) -> list[str]:
 def test_deduplication_keeps_the_first_of_each(
     text: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rnnlm.build.BUCKET_DOCUMENTS", 100)
+    monkeypatch.setattr("rnnlm.assemble.RUN_HASHES", 100)
     lines = text.read_text(encoding="utf-8").split("\n")
     build(text, tmp_path / "a", tokenizer)
     build(text, tmp_path / "b", tokenizer, deduplicate=True)
@@ -433,7 +439,7 @@ def test_shuffling_permutes_whole_documents(
 ) -> None:
     build(text, tmp_path / "a", tokenizer)
     build(text, tmp_path / "b", tokenizer, shuffle_seed=0, deduplicate=True)
-    monkeypatch.setattr("rnnlm.build.SHUFFLED_TOKENS", 500)
+    monkeypatch.setattr("rnnlm.assemble.RUN_TOKENS", 500)
     build(
         text,
         tmp_path / "c",
@@ -477,7 +483,7 @@ def test_fault_27_a_document_too_long_for_memory_is_encoded_in_pieces(
     join = {"line": "\n", "paragraph": "\n\n", "file": " "}[document]
     (tmp_path / "long.txt").write_text(join.join(texts), encoding="utf-8")
     for name, size in (("a", 2**30), ("b", 1000)):
-        limits = {"document": document, "max_document_bytes": size, "valid_fraction": 0}
+        limits = {"document": document, "max_whole_bytes": size, "valid_fraction": 0}
         build(tmp_path / "long.txt", tmp_path / name, tokenizer, **limits)
     found = [digests_of_arrays(tmp_path / name) for name in "ab"]
     assert found[0] == found[1]
@@ -489,7 +495,7 @@ def digests_of_arrays(directory: Path) -> dict[str, str]:
 
 def test_fault_27_a_long_word_with_a_bad_end_is_one_rejected_record(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "word.txt").write_bytes(b"good one\n" + b"x" * 3_000_000 + b"\xff\nanother good one\n")
-    given = {"max_document_bytes": 2**20, "valid_fraction": 0, "unit_bytes": 2**25}
+    given = {"max_whole_bytes": 2**20, "valid_fraction": 0, "unit_bytes": 2**25}
     build(tmp_path / "word.txt", tmp_path / "s", tokenizer, on_bad_record="skip", **given)
     assert decoded(tmp_path / "s", "train", tokenizer) == ["good one", "another good one"]
     records = TokenStream(tmp_path / "s/train").manifest.records
@@ -546,7 +552,5 @@ def test_a_tokenizer_that_needs_whole_texts_gives_the_same_streams_and_refuses_l
     build(text, tmp_path / "s", unigram)
     found = decoded(tmp_path / "s", "train", unigram) + decoded(tmp_path / "s", "valid", unigram)
     assert sorted(found) == sorted(text.read_text(encoding="utf-8").split("\n"))
-    with pytest.raises(
-        UserError, match=r"record at byte \d+: oversized document \(\d+ bytes, corpus.max_document_bytes"
-    ):
-        build(text, tmp_path / "t", unigram, max_document_bytes=60)
+    with pytest.raises(UserError, match=r"record at byte \d+: oversized document \(\d+ bytes, corpus.max_whole_bytes"):
+        build(text, tmp_path / "t", unigram, max_whole_bytes=60)

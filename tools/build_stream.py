@@ -34,7 +34,7 @@ def main() -> None:
     for split, manifest in manifests.items():
         counts = ", ".join(f"{count:,} {reason}" for reason, count in manifest.records.items())
         print(
-            f"{build.directory(split)}: {manifest.tokens:,} tokens, {manifest.text_bytes / manifest.tokens:.3f} bytes "
+            f"{build.setting.directory(split)}: {manifest.tokens:,} tokens, {manifest.text_bytes / manifest.tokens:.3f} bytes "
             f"per token, {len(manifest.shards)} shard(s); records: {counts}"
         )
         if manifest.unknown_tokens:
