@@ -11,14 +11,11 @@ its keyed hash says so, wherever it stands; repeated documents stay on one side.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shutil
-import socket
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -32,6 +29,7 @@ from rnnlm.assemble import Assembly, Setting
 from rnnlm.config import Config, UserError, as_list
 from rnnlm.corpus import Job, Rejected, Source, jobs, read, sources
 from rnnlm.encoder import Encoder
+from rnnlm.lock import locked
 from rnnlm.stream import Manifest, json_digest
 from rnnlm.tokenizer import Tokenizer
 from rnnlm.units import write_json, write_unit, write_whole
@@ -148,7 +146,11 @@ class Build:
         tasks, workers = self.task[1], self.config.build.workers or len(os.sched_getaffinity(0))
         work = list(self._jobs(tasks if tasks > 1 else workers))
         mine = work[self.task[0] :: tasks]
-        with self._locked(), self._workers(executor, workers, len(mine)) as crew:
+        holder = self.setting.work.parent / "builder"
+        with (
+            locked(Path(self.config.stream.directory), holder, "build", shared=tasks > 1),
+            self._workers(executor, workers, len(mine)) as crew,
+        ):
             self._prepare()
             for job in mine:
                 if self._is_done(job):
@@ -183,32 +185,6 @@ class Build:
             return False
         numbers = json.loads(self.setting.listing(job).read_bytes())
         return all(self.setting.unit(job, n).exists() for n in numbers if n % job.step == job.unit)
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One build in a directory at a time, or the tasks of one array; the kernel frees the lock of the dead.
-
-        It is the directory itself that is locked: a file would have to be removed, and that cannot be done safely.
-        """
-        root, shared = Path(self.config.stream.directory), self.task[1] > 1
-        root.mkdir(parents=True, exist_ok=True)
-        holder, handle = root / "build.partial" / "builder", os.open(root, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                found = holder.read_text() if holder.is_file() else "a task of an array, perhaps"
-                raise UserError(f"{root}: another build is working there ({found}); wait for it") from error
-            except OSError:  # a file system without locks
-                pass
-            holder.parent.mkdir(exist_ok=True)
-            if not shared:
-                write_whole(holder, f"{socket.gethostname()}, process {os.getpid()}, {time.ctime()}".encode())
-            else:
-                holder.unlink(missing_ok=True)
-            yield
-        finally:
-            os.close(handle)
 
     def _prepare(self) -> None:
         """Go on in the work directory of the same build; another's is removed."""

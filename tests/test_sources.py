@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command, environment
 
-ORDER = ["config", "corpus", "tokenizer", "words", "encoder", "stream", "foreign", "units", "spill", "workers",
+ORDER = ["config", "lock", "corpus", "tokenizer", "words", "encoder", "stream", "foreign", "units", "spill", "workers",
          "assemble", "build", "substreams", "cells", "loss", "model", "optim", "evaluate", "generate", "checkpoint",
          "metrics", "trainer"]  # fmt: skip
 HOMES = {
