@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,12 @@ from hypothesis import strategies as st
 
 from rnnlm import substreams
 from rnnlm.config import Config, TrainConfig
-from rnnlm.stream import TokenStream
-from rnnlm.substreams import Ring, SubstreamDataset, loader
+from rnnlm.stream import HEADER_BYTES, TokenStream
+from rnnlm.substreams import Origin, Ring, SubstreamDataset, loader
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+import benchmark_resume
 
 
 class Counting(TokenStream):
@@ -88,6 +95,141 @@ def test_targets_before_counts_what_was_masked_in() -> None:
     for step in range(2 * ring.windows_per_epoch):
         assert ring.targets_before(step) == total
         total += int(ring.place(step, 0, 4)[1].sum())
+
+
+@given(
+    tokens=st.integers(1, 200),
+    seed=st.none() | st.integers(0, 2**63),
+    begins=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 40)), min_size=4, max_size=4),
+    changes=st.dictionaries(st.integers(0, 40), st.integers(1, 60), max_size=5),
+)
+def test_every_token_is_a_target_once_whatever_is_changed_on_the_way(
+    tokens: int, seed: int | None, begins: list[tuple[int, int]], changes: dict[int, int]
+) -> None:
+    """Substreams change where epochs begin, seq_len there and at any step: three epochs, one origin after another."""
+    ring, step, trained, rows = Ring(tokens, *begins[0], seed), 0, 0, 0
+    expected = np.empty(0, np.int64)
+    for epoch, (rows, seq_len) in enumerate(begins[:3]):
+        assert ring.steps_before(epoch) == step and ring.is_epoch_start(step)
+        ring = Ring(tokens, rows, seq_len, seed, ring.origin_at(step))
+        seen: list[int] = []
+        while ring.locate(step)[0] == epoch:
+            if step in changes:
+                before = ring.locate(step)
+                ring = Ring(tokens, rows, changes[step], seed, ring.origin_at(step))
+                assert ring.origin.step == step and ring.locate(step) == before
+            starts, lengths = ring.place(step, 0, rows)
+            assert ring.targets_before(step) == trained
+            if ring.is_epoch_start(step):
+                assert starts.tolist() == [(r * tokens // rows + ring.offset(epoch)) % tokens for r in range(rows)]
+            else:
+                assert starts.tolist() == expected.tolist(), "rows go on where they ended"
+            expected = (starts + lengths) % tokens
+            trained += int(lengths.sum())
+            seen += [(start + i) % tokens for start, n in zip(starts, lengths, strict=True) for i in range(n)]
+            step += 1
+            assert ring.locate(step)[0] == epoch or ring.steps_before(epoch + 1) == step
+        assert sorted(seen) == list(range(tokens)), epoch
+    assert ring.targets_before(step) == trained == 3 * tokens
+    assert ring.locate(step) == (3, 0)
+
+
+def test_a_change_in_mid_epoch_drawn_by_hand() -> None:
+    """The worked example, read in windows of 4 from step 2 on: 12 of 20 tokens are consumed, 8 are left."""
+    ring = Ring(60, 3, 6)
+    changed = Ring(60, 3, 4, origin=ring.origin_at(2))
+    assert changed.origin == Origin(step=2, epoch=0, position=12)
+    assert [changed.locate(step) for step in range(2, 6)] == [(0, 12), (0, 16), (1, 0), (1, 4)]
+    assert changed.place(2, 0, 3)[0].tolist() == [12, 32, 52]
+    assert [changed.steps_before(epoch) for epoch in range(4)] == [2, 4, 9, 14]
+    assert [changed.targets_before(step) for step in (2, 3, 4)] == [36, 48, 60]
+    again = Ring(60, 3, 5, origin=changed.origin_at(3))
+    assert [again.locate(step) for step in (3, 4, 5)] == [(0, 16), (1, 0), (1, 5)]
+    for step in (1, -1):
+        with pytest.raises(AssertionError, match="before the origin"):
+            changed.locate(step)
+
+
+@pytest.mark.parametrize("position", [20, 21, 60])
+def test_an_origin_at_the_end_of_an_epoch_is_the_next_ones_beginning(position: int) -> None:
+    ring = Ring(60, 3, 6, rotate_seed=1, origin=Origin(7, 2, position))
+    assert ring.locate(7) == (3, 0) and ring.is_epoch_start(7)
+    assert ring.origin_at(7) == Origin(7, 3, 0)
+    assert ring.steps_before(3) == 7 and ring.steps_before(4) == 11
+    assert ring.targets_before(7) == 180
+
+
+@pytest.mark.parametrize("tokens", [10**12, 10**12 + 7, 2**40 - 1])
+@pytest.mark.parametrize("substreams", [2**10, 2**20, 1024 * 9973])
+def test_the_partition_over_1024_ranks_of_a_huge_stream(tokens: int, substreams: int) -> None:
+    """Ranks meet, rows meet, and a row's windows meet: so every token has one owner and one step."""
+    ring, ranks = Ring(tokens, substreams, 64), 1024
+    end = 0
+    for rank in range(ranks):
+        first, last = rank * substreams // ranks, (rank + 1) * substreams // ranks
+        edges = ring.edges(first, last)
+        assert edges[0] == end, "where the rank before ended"
+        assert set(np.diff(edges).tolist()) <= {tokens // substreams, tokens // substreams + 1}
+        for row in (first, (first + last) // 2, last - 1):
+            assert edges[row - first] == row * tokens // substreams
+        end = int(edges[-1])
+    assert end == tokens
+    final = ring.steps_before(1) - 1
+    starts, lengths = ring.place(final, substreams - 1, substreams)
+    assert int(starts[0] + lengths[0]) == tokens, "the last window ends where its row does"
+    assert ring.targets_before(final + 1) == tokens
+
+
+@pytest.mark.parametrize(("tokens", "substreams"), [(20_011, 2048), (5_000, 1024), (1_000, 1024)])
+def test_1024_ranks_read_every_token_of_a_small_stream_once(tokens: int, substreams: int) -> None:
+    ring, ranks = Ring(tokens, substreams, 3, rotate_seed=5), 1024
+    for epoch in range(2):
+        targets = np.zeros(tokens, int)
+        for rank in range(ranks):
+            rows = (rank * substreams // ranks, (rank + 1) * substreams // ranks)
+            for step in range(ring.steps_before(epoch), ring.steps_before(epoch + 1)):
+                for start, length in zip(*ring.place(step, *rows), strict=True):
+                    targets[(start + np.arange(length)) % tokens] += 1
+        assert (targets == 1).all()
+
+
+@pytest.mark.parametrize(("substreams", "workers"), [(1024, 0), (1024, 1), (2**17, 0)])
+def test_the_first_batch_at_step_a_million_of_a_trillion_tokens(tmp_path: Path, substreams: int, workers: int) -> None:
+    """2 TB of holes in five shards, and tokens written where, by another formula, these rows are.
+
+    With 1,024 substreams the step is in the first epoch, with 2**17 in the ninth, and so rotated.
+    """
+    tokens, step, seq_len, shard_tokens = 10**12, 10**6, 64, 2 * 10**11
+    try:
+        directory = benchmark_resume.sparse_stream(tmp_path / "stream", tokens, shard_tokens)
+    except OSError as error:
+        if error.errno in (errno.EFBIG, errno.ENOSPC, errno.EINVAL):
+            pytest.skip(f"this file system has no sparse files of {2 * shard_tokens} bytes: {error}")
+        raise
+    stream = TokenStream(directory)
+    assert len(stream) == tokens and len(stream.manifest.shards) == 5
+    ring = Ring(tokens, substreams, seq_len, rotate_seed=1)
+    longest = -(-tokens // substreams)
+    epoch, window = divmod(step, -(-longest // seq_len))
+    assert (epoch > 0) == (substreams > 1024)
+    rows = range(substreams // 5 - 2, substreams // 5 + 2)  # on both sides of the first shard's end, before rotation
+    positions = [(r * tokens // substreams + window * seq_len + ring.offset(epoch)) % tokens for r in rows]
+    for number, position in enumerate(positions):
+        for place, token in ((0, 1000), (1, 2000), (seq_len, 3000)):
+            shard, within = divmod((position + place) % tokens, shard_tokens)
+            handle = os.open(directory / f"shard-{shard:05d}.npy", os.O_WRONLY)
+            os.pwrite(handle, np.array([token + number], "<u2").tobytes(), HEADER_BYTES + 2 * within)
+            os.close(handle)
+    dataset = SubstreamDataset(stream, ring, rows.start, rows.stop, step, step + 10)
+    first = next(iter(loader(dataset, workers, pin_memory=False)))
+    assert first.step == step
+    assert first.positions.tolist() == positions
+    assert first.lengths.tolist() == [seq_len] * 4
+    expected = np.zeros((4, seq_len + 1), int)
+    for place, token in ((0, 1000), (1, 2000), (seq_len, 3000)):
+        expected[:, place] = token + np.arange(4)
+    assert first.tokens.tolist() == expected.tolist()
+    assert sum(path.stat().st_blocks for path in directory.iterdir()) * 512 < 2**20, "holes take no room"
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

@@ -1,0 +1,138 @@
+"""Measure what a restart and a checkpoint cost: a first batch far inside a huge stream, the partition, and a save.
+
+    python tools/benchmark_resume.py
+    python tools/benchmark_resume.py --tokens 1e11 --step 1000 --ranks 64 --parameters-mb 1600 --directory /scratch
+
+The stream is made of holes, so 10^12 tokens (2 TB) take no room where the file system knows sparse files; what is
+measured is opening, arithmetic and mapping, not a disk. A save is measured in its two parts: the copy of the tensors
+during which training must stand still in any case, and the write, which `checkpoint.save` does while training waits.
+Figures are medians of --rounds. Prints tables for the README.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rnnlm import checkpoint
+from rnnlm.config import UserError, run_door
+from rnnlm.stream import HEADER_BYTES, Manifest, TokenStream, _npy_header, commit, write_array
+from rnnlm.substreams import Ring, SubstreamDataset, loader
+
+
+def sparse_stream(directory: Path, tokens: int, shard_tokens: int) -> Path:
+    """A stream of zeros, all holes, without documents; its contents have no digests.
+
+    Raises:
+        OSError: the file system has no sparse files of this size.
+    """
+    partial = directory.with_name(directory.name + ".partial")
+    partial.mkdir(parents=True)
+    shards: list[dict[str, Any]] = []
+    for start in range(0, tokens, shard_tokens):
+        name, size = f"shard-{len(shards):05d}.npy", min(shard_tokens, tokens - start)
+        with (partial / name).open("wb") as file:
+            file.write(_npy_header("<u2", (size,)))
+            file.truncate(HEADER_BYTES + 2 * size)
+        shards.append({"name": name, "tokens": size, "sha256": ""})
+    _, documents_sha256 = write_array(partial / "documents.npy", [], "<i8", (3,))
+    manifest = Manifest(
+        dtype="<u2", vocab_size=2**16, eos_id=1, tokenizer="", tokens=tokens, documents=0, text_bytes=0, words=0,
+        unknown_tokens=0, records={"read": 0, "kept": 0}, mended=0, source={}, shards=shards,
+        documents_sha256=documents_sha256, rejected_sha256="",
+    )  # fmt: skip
+    commit(partial, directory, manifest)
+    return directory
+
+
+def timed(work: Callable[[], Any], rounds: int) -> tuple[float, Any]:
+    """(median seconds, last result) of a piece of work."""
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        result = work()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds), result
+
+
+def first_batch(options: argparse.Namespace) -> None:
+    """Opening the stream, and the first batch of a rank's rows at a step, against step 0."""
+    with tempfile.TemporaryDirectory(dir=options.directory) as parent:
+        directory = sparse_stream(Path(parent) / "stream", options.tokens, max(1, options.tokens // options.shards))
+        seconds, stream = timed(lambda: TokenStream(directory), options.rounds)
+        ring = Ring(stream.tokens, options.substreams, options.seq_len, rotate_seed=1)
+        rows = options.substreams // options.ranks
+        print(f"{stream.tokens:,} tokens in {len(stream.manifest.shards)} shards; {rows} rows of {options.seq_len}")
+        print(f"\n| | ms |\n|---|---|\n| open the stream | {1e3 * seconds:.2f} |")
+        for step in (0, options.step):
+            for workers in (0, 1):
+
+                def read(step: int = step, workers: int = workers) -> int:
+                    opened = TokenStream(directory)  # as a new process would: nothing is mapped yet
+                    dataset = SubstreamDataset(opened, ring, 0, rows, step, step + 100)
+                    return next(iter(loader(dataset, workers, pin_memory=False))).step
+
+                seconds, found = timed(read, options.rounds)
+                assert found == step
+                print(f"| first batch at step {step:,}, {workers} prefetch workers | {1e3 * seconds:.2f} |")
+
+
+def partition(options: argparse.Namespace) -> None:
+    """That the rows of all ranks meet, so that every token has one owner, and how long this arithmetic takes."""
+    ring = Ring(options.tokens, options.substreams, options.seq_len)
+
+    def check() -> int:
+        end = 0
+        for rank in range(options.ranks):
+            edges = ring.edges(*(each * ring.substreams // options.ranks for each in (rank, rank + 1)))
+            assert edges[0] == end and (edges[1:] >= edges[:-1]).all(), f"rank {rank}"
+            end = int(edges[-1])
+        return end
+
+    seconds, end = timed(check, options.rounds)
+    assert end == options.tokens == ring.targets_before(ring.steps_before(1))
+    print(f"\npartition over {options.ranks:,} ranks: every token has one owner; checked in {1e3 * seconds:.1f} ms")
+
+
+def save(options: argparse.Namespace) -> None:
+    """How long a save blocks training, in parts: the copy of all tensors on the host, and `checkpoint.save`."""
+    each = options.parameters_mb * 10**6 // 4 // 8
+    model = {f"weight{number}": torch.randn(each) for number in range(8)}
+    optimizer = {f"{name}.{moment}": torch.randn(each) for name in model for moment in ("exp_avg", "exp_avg_sq")}
+    parts = {"model": model, "optimizer": optimizer, "hidden": {"layer0.h": torch.randn(options.substreams, 1024)}}
+    size = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values()) / 1e6
+    host, _ = timed(
+        lambda: {part: {n: t.clone() for n, t in tensors.items()} for part, tensors in parts.items()}, options.rounds
+    )
+    with tempfile.TemporaryDirectory(dir=options.directory) as root:
+        write, _ = timed(lambda: checkpoint.save(Path(root), "step-00000001", parts, {}), options.rounds)
+    print(f"\nsave of {size:,.0f} MB (parameters {options.parameters_mb:,} MB, two moments of each, hidden states)")
+    print(f"\n| | s | MB/s |\n|---|---|---|\n| copy on the host | {host:.2f} | {size / host:,.0f} |")
+    print(f"| checkpoint.save: spell, digest, write, sync | {write:.2f} | {size / write:,.0f} |")
+
+
+def main() -> None:
+    """Run the parts that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=[], help="of first_batch, partition, save; default: all")
+    for name, number in (("tokens", 10**12), ("step", 10**6), ("ranks", 1024), ("shards", 1000), ("seq-len", 64)):
+        parser.add_argument(f"--{name}", type=lambda text: int(float(text)), default=number, help=f"{number:,}")
+    parser.add_argument("--substreams", type=int, default=2**14, help="of all ranks together")
+    parser.add_argument("--parameters-mb", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--directory", help="where files are written and removed again; default: the system's")
+    options = parser.parse_args()
+    every = {"first_batch": first_batch, "partition": partition, "save": save}
+    if unknown := set(options.parts) - every.keys():
+        raise UserError(f"no part is called {', '.join(sorted(unknown))}; give some of {', '.join(every)}")
+    for name in options.parts or every:
+        every[name](options)
+
+
+if __name__ == "__main__":
+    run_door(main)
