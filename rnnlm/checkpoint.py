@@ -6,9 +6,11 @@
                   trainer.json           step, validation memory, digests of stream and tokenizer
                   manifest.json          size and sha256 of each, its own digest; written last
 
-Everything is written under `<name>.partial`, synced, then renamed. What is loaded is first compared with the manifest,
-and parsed from the very bytes that were compared; no pickle anywhere. A damaged checkpoint is set aside under
-`damaged-<name>` and the one before it is used. The price: files pass through memory whole.
+Everything is written under `<name>.partial`, synced, then renamed. One of the same name that was there stays as
+`<name>.replaced` until the new one has been read back; readers take it only where `<name>` is not whole. What is
+loaded is compared with the manifest in the same pass that reads it; no pickle anywhere. A damaged checkpoint is set
+aside under `damaged-<name>` and the one before it is used. Whoever wrote the files: none leads out of the directory,
+and none takes more memory than the caller expects. The price: every byte saved is read back once.
 """
 
 from __future__ import annotations
@@ -16,32 +18,27 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as from_safetensors
-from safetensors.torch import save as to_safetensors
-from torch import Tensor
 
-from rnnlm.config import Config, UserError
+from rnnlm import disk, tensorfile, untrusted
+from rnnlm.config import Config
 from rnnlm.model import RecurrentLM
-from rnnlm.stream import fsync_directory, json_digest, write_durably
+from rnnlm.tensorfile import CheckpointError, Tensors
 from rnnlm.tokenizer import Tokenizer
+from rnnlm.untrusted import check_state
 
-FORMAT = "rnnlm-checkpoint"
-VERSION = 1
-JSON_BYTES = 2**24  # manifest and trainer.json are a few kilobytes
-
-Tensors = Mapping[str, Tensor]
+PARTIAL, REPLACED = ".partial", ".replaced"
 
 
-class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, or of another model."""
+class NonFiniteError(CheckpointError):
+    """A tensor that was to be saved holds infinity or NaN."""
 
 
 @dataclass(frozen=True)
@@ -51,67 +48,113 @@ class Checkpoint:
     path: Path
     state: Mapping[str, Any]
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of `model`, `optimizer` or `hidden`, on the CPU.
+    def tensors(self, part: str, expected: Tensors | None = None) -> dict[str, torch.Tensor]:
+        """The tensors of `model`, `optimizer` or `hidden`, on the CPU, every byte of them checked.
+
+        Args:
+            expected: names, shapes and dtypes that they must have (`meta` tensors will do); where it is given, other
+                ones are refused before memory is taken for them.
 
         Raises:
-            CheckpointError: the file changed since it was checked.
+            CheckpointError: damaged, changed since, or of another model.
         """
-        return from_safetensors(_read(self.path, f"{name}.safetensors", _manifest(self.path)))
+        return untrusted.read_tensors(self.path, f"{part}.safetensors", untrusted.read_manifest(self.path), expected)
+
+    def bytes(self, part: str) -> int:
+        """The size of a part's file."""
+        name = f"{part}.safetensors"
+        return int(untrusted.entry_of(self.path, name, untrusted.read_manifest(self.path))["size"])
 
 
 def save(root: Path, name: str, parts: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
     """Write the checkpoint root/name and return its path; one of that name is replaced.
 
     Args:
-        parts: file name without suffix -> tensors, none of which share memory.
+        parts: `model`, `optimizer`, `hidden` -> tensors, none of which share memory.
         state: what goes into trainer.json.
 
     Raises:
-        OSError: it could not be written; nothing of it is left.
+        NonFiniteError: a tensor is not finite; nothing was written.
+        OSError: it could not be written; nothing of it is left, or it is whole but its name may not outlive a crash.
     """
-    final, partial, replaced = (root / f"{name}{suffix}" for suffix in ("", ".partial", ".replaced"))
+    check_finite(parts)
+    final, partial, replaced = (root / f"{name}{suffix}" for suffix in ("", PARTIAL, REPLACED))
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if not root.is_dir():
+            disk.make_directory(root)
+            disk.sync(root.parent)
+        disk.remove_tree(partial)
+        disk.make_directory(partial)
         entries = {}
-        for file, data in _files(parts, state):
-            write_durably(partial / file, data)
-            entries[file] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        write_durably(partial / "manifest.json", _spell({"format": FORMAT, "version": VERSION, "files": entries}))
-        fsync_directory(partial)
+        for file, blocks in _files(parts, state):
+            seal = _Seal()
+            disk.write(partial / file, seal.on(blocks))
+            entries[file] = {"size": seal.size, "sha256": seal.sha256.hexdigest()}
+        disk.write(partial / "manifest.json", [untrusted.spell_manifest(entries)])
+        disk.sync(partial)
         if final.exists():  # of a life of this run that died after it, and went on from an older one
-            shutil.rmtree(replaced, ignore_errors=True)
-            final.rename(replaced)
-        partial.rename(final)
-        fsync_directory(root)
-        shutil.rmtree(replaced, ignore_errors=True)
+            if replaced.exists():
+                disk.delete(replaced)
+            disk.rename(final, replaced)
+        disk.rename(partial, final)
+        disk.sync(root)
     except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            if replaced.exists() and not final.exists():
+                disk.rename(replaced, final)
+        with suppress(OSError):
+            disk.remove_tree(partial)
         raise
     return final
 
 
-def _files(parts: Mapping[str, Tensors], state: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
-    """(name, contents) of each file but the manifest, one in memory at a time."""
+def check_finite(parts: Mapping[str, Tensors]) -> None:
+    """Check that no tensor holds infinity or NaN.
+
+    Raises:
+        NonFiniteError: naming the first that does.
+    """
     for part, tensors in parts.items():
-        yield f"{part}.safetensors", to_safetensors({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
-    yield "trainer.json", json.dumps(dict(state), indent=1).encode()
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise NonFiniteError(f"{part}: tensor {name} is not finite, so it is not saved")
 
 
-def load(path: Path) -> Checkpoint:
-    """Check every byte of a checkpoint.
+def _files(
+    parts: Mapping[str, Tensors], state: Mapping[str, Any]
+) -> Iterator[tuple[str, Iterable[bytes | memoryview]]]:
+    """(name, contents) of each file but the manifest."""
+    assert {*parts} <= {*untrusted.PARTS}, "a reader would refuse them"
+    for part, tensors in parts.items():
+        yield f"{part}.safetensors", tensorfile.spell(tensors)
+    yield "trainer.json", [json.dumps(dict(state), indent=1).encode()]
+
+
+class _Seal:
+    """Size and digest of what passes through."""
+
+    def __init__(self) -> None:
+        self.size, self.sha256 = 0, hashlib.sha256()
+
+    def on(self, blocks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+        for block in blocks:
+            self.size += len(block)
+            self.sha256.update(block)
+            yield block
+
+
+def load(path: Path, every_byte: bool = True) -> Checkpoint:
+    """Check a checkpoint: all of it, or with every_byte=False its manifest, sizes and trainer.json.
+
+    What tensors() reads it checks anyway, so where another process has just checked every byte, False saves a pass.
 
     Raises:
         CheckpointError: naming the file that is missing or not what the manifest says.
     """
-    manifest = _manifest(path)
-    for name in manifest:
-        _read(path, name, manifest)
-    state = json.loads(_read(path, "trainer.json", manifest))
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}/trainer.json: not a JSON object")
-    return Checkpoint(path, state)
+    manifest = untrusted.read_manifest(path)
+    for name in {*manifest} - {"trainer.json"}:
+        untrusted.check_file(path, name, manifest, every_byte)
+    return Checkpoint(path, untrusted.read_state(path, manifest))
 
 
 def newest(root: Path, prefix: str) -> tuple[Checkpoint | None, list[CheckpointError]]:
@@ -136,34 +179,63 @@ def newest(root: Path, prefix: str) -> tuple[Checkpoint | None, list[CheckpointE
 def set_aside(root: Path, prefix: str, good: Checkpoint) -> None:
     """Rename the checkpoints that are newer than the newest good one to damaged-<name>."""
     for path in names(root, prefix):
-        if _step(path) > _step(good.path):
+        if _order(path) > _order(good.path):
             aside = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+            disk.remove_tree(aside)
+            disk.rename(path, aside)
+            disk.sync(root)
 
 
 def names(root: Path, prefix: str) -> list[Path]:
-    """The directories called <prefix>-<step>, oldest first; whole or not."""
-    pattern = re.compile(rf"{prefix}-\d{{8,}}")
+    """The directories called <prefix>-<step> or <prefix>-<step>.replaced, oldest first, whole or not."""
+    pattern = re.compile(rf"{re.escape(prefix)}-[0-9]{{8,}}({re.escape(REPLACED)})?")
     found = [path for path in root.iterdir() if pattern.fullmatch(path.name)] if root.is_dir() else []
-    return sorted(found, key=_step)
+    return sorted(found, key=_order)
 
 
-def _step(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
+def _order(path: Path) -> tuple[int, bool]:
+    """(step, whether it is the last of that name); the larger, the newer."""
+    name = path.name.removesuffix(REPLACED)
+    return int(name.rpartition("-")[2]), name == path.name
 
 
-def prune(written: Path, prefix: str, keep: int) -> None:
-    """Delete all but `keep`, the one just written and the newest others, once it has been read back and is whole.
+def prune(written: Path, prefix: str, keep_last: int, keep_every_steps: int = 0) -> None:
+    """Read back the checkpoint just written; if it is whole, delete what is no longer kept, and remains of the dead.
+
+    Kept are the `keep_last` newest whole ones, the one just written among them, and those whose step is a multiple of
+    keep_every_steps (0: none of these). Damaged ones count for nothing and stay.
 
     Raises:
         CheckpointError: the one just written is damaged; nothing was deleted.
+        OSError: it is whole, but others could not be deleted.
     """
-    others = [path for path in names(written.parent, prefix) if path != written]
-    if surplus := others[: max(0, len(others) - keep + 1)]:
-        load(written)
-        for path in surplus:
-            shutil.rmtree(path)
+    load(written)
+    root = written.parent
+    there = [path for path in names(root, prefix) if path != written]
+    superseded = [path for path in there if _is_superseded(path)]
+    others = [path for path in there if path not in superseded and _seems_whole(path)]
+    for path in others[: max(0, len(others) - keep_last + 1)]:
+        if not keep_every_steps or _order(path)[0] % keep_every_steps:
+            disk.delete(path)
+    dead = re.compile(rf"{re.escape(prefix)}-[0-9]{{8,}}(\.replaced)?\.(partial|deleted)")
+    for path in [path for path in root.iterdir() if dead.fullmatch(path.name)]:
+        disk.remove_tree(path)
+    for path in superseded:
+        disk.delete(path)
+
+
+def _is_superseded(path: Path) -> bool:
+    """Whether it is what a checkpoint of the same name has replaced."""
+    return path.name.endswith(REPLACED) and path.with_name(path.name.removesuffix(REPLACED)).exists()
+
+
+def _seems_whole(path: Path) -> bool:
+    """Whether manifest and sizes are right; every byte was read back when it was written."""
+    try:
+        load(path, every_byte=False)
+    except CheckpointError:
+        return False
+    return True
 
 
 def copy_tensors(target: Tensors, source: Tensors, where: Path) -> None:
@@ -172,17 +244,10 @@ def copy_tensors(target: Tensors, source: Tensors, where: Path) -> None:
     Raises:
         CheckpointError: naming the first tensor that differs; nothing was copied.
     """
-    for name in sorted({*target, *source}):
-        expected, found = target.get(name), source.get(name)
-        if expected is None or found is None or (expected.shape, expected.dtype) != (found.shape, found.dtype):
-            raise CheckpointError(f"{where}: tensor {name} is {_describe(found)}, expected {_describe(expected)}")
+    tensorfile.compare(target, source, where)
     with torch.no_grad():
         for name, tensor in target.items():
             tensor.copy_(source[name])
-
-
-def _describe(tensor: Tensor | None) -> str:
-    return "not there" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
 def choose(config: Config) -> Path:
@@ -210,52 +275,15 @@ def load_model(config: Config, path: Path, device: torch.device) -> tuple[Recurr
     Raises:
         UserError: a checkpoint that does not fit the run's configuration or tokenizer.
     """
-    found = load(path)
+    found = load(path, every_byte=False)
+    check_state(found.state, path)
     tokenizer = None
-    if found.state.get("tokenizer") != "":
-        tokenizer = Tokenizer.load(Path(config.run.directory) / "tokenizer.model")
-        if tokenizer.digest != found.state.get("tokenizer"):
-            raise CheckpointError(
-                f"{config.run.directory}/tokenizer.model: not that of {path.name}; put the right one back"
-            )
-    vocab_size = tokenizer.vocab_size if tokenizer else int(found.state["vocab_size"])
+    if digest := found.state["tokenizer"]:
+        tokenizer = Tokenizer.load(Path(config.run.directory) / "tokenizer.model", digest)
+    vocab_size = tokenizer.vocab_size if tokenizer else found.state["vocab_size"]
+    if vocab_size * config.model.embedding_size > found.bytes("model"):
+        raise CheckpointError(f"{path}: a vocabulary of {vocab_size} in a smaller model; give the run its own again")
     model = RecurrentLM(config.model, vocab_size, config.train.seed, config.train.loss_chunk_tokens)
-    copy_tensors(dict(model.named_parameters()), found.tensors("model"), path)
+    parameters = dict(model.named_parameters())
+    copy_tensors(parameters, found.tensors("model", parameters), path)
     return model.to(device), tokenizer, found
-
-
-def _spell(body: Mapping[str, Any]) -> bytes:
-    """A manifest's only spelling, its digest in it."""
-    return json.dumps({**body, "digest": json_digest(body)}, indent=1).encode()
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    """The files that a checkpoint must have: name -> size, sha256."""
-    try:
-        if (path / "manifest.json").stat().st_size > JSON_BYTES:
-            raise CheckpointError(f"{path}/manifest.json: larger than any manifest")
-        data = (path / "manifest.json").read_bytes()
-        body = json.loads(data)
-        del body["digest"]
-        files = {str(name): dict(entry) for name, entry in body["files"].items()}
-        known = (body["format"], body["version"]) == (FORMAT, VERSION)
-        safe = all(Path(name).name == name for name in files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}/manifest.json: cannot be read ({error})") from error
-    if data != _spell(body) or not known or not safe:
-        raise CheckpointError(f"{path}/manifest.json: damaged, or not a checkpoint of version {VERSION}")
-    return files
-
-
-def _read(path: Path, name: str, manifest: Mapping[str, Any]) -> bytes:
-    """The bytes of a file, which are those that were written."""
-    try:
-        expected = manifest[name]
-        if (path / name).stat().st_size != expected["size"]:
-            raise CheckpointError(f"{path / name}: {(path / name).stat().st_size} bytes, not {expected['size']}")
-        data = (path / name).read_bytes()
-    except (OSError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / name}: cannot be read ({error})") from error
-    if hashlib.sha256(data).hexdigest() != expected["sha256"]:
-        raise CheckpointError(f"{path / name}: its contents differ from the digest in manifest.json")
-    return data

@@ -29,6 +29,14 @@ T = TypeVar("T")
 class UserError(ValueError):
     """A mistake in what the user gave; doors print its one line and exit with code 2."""
 
+    code = 2
+
+
+class RunError(UserError):
+    """A run that cannot go on although what was asked of it was right; doors print one line and exit with code 1."""
+
+    code = 1
+
 
 def changeable(default: T) -> T:
     """A field that may differ when a run is resumed; the others of model, optim and train are the run's identity."""
@@ -196,6 +204,9 @@ class TrainConfig:
     """Tokens of each substream in one window: gradients stop at its edge, the hidden state is carried over."""
     accumulation: int = changeable(1)
     """Micro-batches per step; each takes its share of the substreams."""
+    exact_slices: int = 0
+    """Form gradients on this many fixed slices of the substreams and add them in one fixed order, so that any number of
+    processes that divides it trains to the same bits; a power of two. 0: off, and then equal up to rounding."""
     rotate: bool = True
     """Move the window boundaries between epochs by rotating the ring."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -210,6 +221,11 @@ class TrainConfig:
     """Only GPU kernels that give the same bits every time; slower."""
     prefetch_workers: int = changeable(1)
     """Loader processes that read ahead; 0: read in the training process. Never changes the order."""
+    skip_spikes_sigmas: float = 0.0
+    """Skip updates whose loss is this many standard deviations above the mean of the last 128 (PaLM skipped by hand,
+    Chowdhery et al. 2022, section 5.1; OLMo-core by this rule); 0: never. Not finite ones are always skipped."""
+    stop_after_skipped: int = changeable(100)
+    """Skipped updates in a row that end the run, at the next line of metrics; 0: never."""
     loss_chunk_tokens: int = changeable(512)
     """Tokens whose logits are in memory at once."""
 
@@ -260,8 +276,18 @@ class RunConfig:
     """Steps per line of metrics."""
     save_every_steps: int = changeable(500)
     """Steps per checkpoint; one is also written at the end."""
+    save_every_minutes: float = changeable(0.0)
+    """Also a checkpoint after so many minutes without one; 0: by steps alone."""
     keep_last: int = changeable(2)
     """Checkpoints kept, the best one not counted; at least 2."""
+    keep_every_steps: int = changeable(0)
+    """Checkpoints of steps that this divides are kept for ever; 0: none."""
+    grace_seconds: float = changeable(30.0)
+    """Time between the signal that ends a run and the kill; a warning tells when saving takes longer."""
+    timeout_minutes: float = changeable(10.0)
+    """A process that has done nothing for so long prints its stacks and ends the run; 0: never."""
+    allow_change: list[str] | str = changeable("")
+    """train.seq_len (at any step) or train.global_batch_size (between epochs), to change it when the run goes on."""
     checkpoint: Literal["best", "last"] = changeable("best")
     """Which one eval.py and generate.py read."""
     wandb: Literal["off", "online", "offline"] = changeable("off")
@@ -302,6 +328,8 @@ class Config:
             "train.loss_chunk_tokens": 1, "eval.batch_size": 1, "eval.every_steps": 0, "generate.samples": 1,
             "generate.max_tokens": 1, "generate.temperature": 0, "generate.top_k": 0, "generate.top_p": 0,
             "run.log_every_steps": 1, "run.save_every_steps": 1, "run.keep_last": 2,
+            "run.keep_every_steps": 0, "run.save_every_minutes": 0, "run.grace_seconds": 0, "run.timeout_minutes": 0,
+            "train.exact_slices": 0, "train.skip_spikes_sigmas": 0, "train.stop_after_skipped": 0,
         }  # fmt: skip
         below = {
             "stream.valid_fraction": 1, "model.dropout": 1, "optim.momentum": 1, "optim.beta1": 1, "optim.beta2": 1,
@@ -330,13 +358,38 @@ class Config:
         if parts >= 1 and size % parts:
             way_out = f"use {nearest(size, parts)}"
             found.append(f"train.global_batch_size={size}: not divisible by train.accumulation={parts}; {way_out}")
+        return found + self._slice_faults() + self._change_faults()
+
+    def _slice_faults(self) -> list[str]:
+        train, found = self.train, []
+        if train.exact_slices:
+            slices = f"train.exact_slices={train.exact_slices}"
+            if train.exact_slices < 1 or train.exact_slices & (train.exact_slices - 1):
+                found.append(f"{slices}: must be a power of two, or 0")
+            elif train.global_batch_size % train.exact_slices:
+                found.append(
+                    f"train.global_batch_size={train.global_batch_size}: not divisible by {slices}; "
+                    f"use {nearest(train.global_batch_size, train.exact_slices)}"
+                )
+            if train.accumulation > 1:
+                found.append(f"train.accumulation={train.accumulation}: slices are micro-batches; use 1 with {slices}")
+        if train.skip_spikes_sigmas and train.precision == "fp16":
+            found.append("train.skip_spikes_sigmas: not in fp16, whose own scaling skips; use bf16 or fp32")
         return found
+
+    def _change_faults(self) -> list[str]:
+        return [
+            f"run.allow_change={name}: only {' and '.join(ALLOWED_CHANGES)} can change when a run goes on"
+            for name in as_list(self.run.allow_change)
+            if name not in ALLOWED_CHANGES
+        ]
 
     def flat(self) -> dict[str, Any]:
         """`section.key` -> value, for every field."""
         return {f"{s}.{k}": v for s, part in dataclasses.asdict(self).items() for k, v in part.items()}
 
 
+ALLOWED_CHANGES = ("train.seq_len", "train.global_batch_size")
 TRAINING_SECTIONS = ("stream", "model", "optim", "train", "eval", "generate", "run")
 
 
@@ -368,10 +421,14 @@ def load_yaml(path: str | Path) -> dict[str, dict[str, Any]]:
         UserError: no such file, not YAML, or not `section: {key: value}`.
     """
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--config={path}: {error.strerror}; give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config={path}: not valid YAML: {error}") from error
+    try:
+        loaded = yaml.safe_load(text) or {}
+    except Exception as error:  # PyYAML lets through whatever the making of a value raises
         raise UserError(f"--config={path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict) or not all(isinstance(part, dict) for part in loaded.values()):
         raise UserError(f"--config={path}: expected sections with keys under them, as in configs/imdb.yaml")
@@ -497,7 +554,11 @@ def _parse(sections: Sequence[str], doc: str | None, arguments: list[str]) -> Co
 
 
 def run_door(main: Callable[[], int | None]) -> None:
-    """Run a door's main: a mistake of the user, a path or a disk is one line and code 2, Ctrl-C is one line and 130."""
+    """Run a door's main; its result is the exit code.
+
+    A mistake of the user, a path or a disk is one line and code 2, a run that cannot go on one line and code 1, Ctrl-C
+    one line and 130.
+    """
     # Before torch loads OpenMP: threads that spin while they wait all but stop a run whose cores are not all its own,
     # threads that never spin wait for the scheduler at every step; a few hundred rounds cost neither.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -511,7 +572,7 @@ def run_door(main: Callable[[], int | None]) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line per machine, not one per process
             way_out = "; make room on the disk and type the same command again" if full else ""
             print(f"error: {error}{way_out}", file=sys.stderr)
-        code = 2
+        code = getattr(error, "code", 2)
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("\ninterrupted; type the same command again to go on", file=sys.stderr)

@@ -20,7 +20,8 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,25 +87,61 @@ class Manifest:
         """
         path = Path(directory) / "stream.json"
         try:
-            if path.stat().st_size > MANIFEST_BYTES:
-                raise StreamError(f"{path}: larger than any manifest; build the stream again")
+            if path.stat().st_size > MANIFEST_BYTES or not path.is_file():  # to open a pipe would wait for its writer
+                raise StreamError(f"{path}: larger than any manifest, or no file; build the stream again")
             text = path.read_text(encoding="utf-8")
             body = json.loads(text)
+            if not isinstance(body, dict):
+                raise ValueError("no object")
+            spelled = json_digest({key: value for key, value in body.items() if key != "digest"})
         except OSError as error:
             raise StreamError(f"{path}: {error.strerror}; build the stream with tools/build_stream.py") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StreamError(f"{path}: not JSON ({error}); build the stream again") from error
-        if not isinstance(body, dict) or (body.pop("format", None), body.pop("version", None)) != (FORMAT, VERSION):
+        if (body.pop("format", None), body.pop("version", None)) != (FORMAT, VERSION):
             raise StreamError(f"{path}: not a stream of format {FORMAT} version {VERSION}; build it again")
         digest = body.pop("digest", None)
-        if digest != json_digest({"format": FORMAT, "version": VERSION, **body}):
+        if digest != spelled:
             raise StreamError(f"{path}: was changed since it was written (its digest differs); build the stream again")
+        if wrong := _wrong_field(body):
+            raise StreamError(f"{path}: its {wrong} is not what a stream has; build the stream again")
         manifest = cls(**body, digest=digest)
         if manifest.to_json() != text:
             raise StreamError(
                 f"{path}: was changed since it was written (its spelling differs); build the stream again"
             )
         return manifest
+
+
+def _wrong_field(body: Mapping[str, Any]) -> str:
+    """The first field of a manifest that is missing, unknown, or of a type or size that no stream has; or nothing."""
+    counts = ("vocab_size", "tokens", "documents", "text_bytes", "words", "unknown_tokens", "mended")
+    rules: dict[str, Callable[[Any], bool]] = {
+        **dict.fromkeys(counts, _is_count),
+        **dict.fromkeys(("tokenizer", "documents_sha256", "rejected_sha256"), lambda value: isinstance(value, str)),
+        "dtype": lambda value: value in ("|u1", "<u2", "<u4", "<u8"),
+        "eos_id": lambda value: value == -1 or _is_count(value),
+        "records": lambda value: isinstance(value, dict) and "read" in value and all(map(_is_count, value.values())),
+        "source": lambda value: isinstance(value, dict) and _is_count(value.get("eos_tokens", 0)),
+        "shards": lambda value: isinstance(value, list) and len(value) > 0 and all(map(_is_shard, value)),
+    }
+    return next((repr(name) for name in {**body, **rules} if name not in body or name not in rules
+                 or not rules[name](body[name])), "")[:100]  # fmt: skip
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**60  # sizes in bytes fit into 64 bits
+
+
+def _is_shard(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and {*value} == {"name", "tokens", "sha256"}
+        and isinstance(value["name"], str)
+        and isinstance(value["sha256"], str)
+        and _is_count(value["tokens"])
+        and value["tokens"] > 0
+    )
 
 
 def json_digest(value: Any) -> str:
@@ -224,8 +261,11 @@ class TokenStream:
         if sum(shard["tokens"] for shard in self.manifest.shards) != self.tokens:
             raise StreamError(f"{self.directory}: the shards do not add up to tokens={self.tokens}; build it again")
         width = np.dtype(self.manifest.dtype).itemsize
-        with os.scandir(self.directory) as entries:  # in one go: ten thousand shards open in a fifth of a second
-            sizes = {entry.name: entry.stat().st_size if entry.is_file() else -1 for entry in entries}
+        try:
+            with os.scandir(self.directory) as entries:  # in one go: ten thousand shards open in a fifth of a second
+                sizes = {entry.name: entry.stat().st_size if entry.is_file() else -1 for entry in entries}
+        except OSError as error:  # a link to itself
+            raise StreamError(f"{self.directory}: {error}; build the stream again") from error
         self._check_size(sizes, "documents.npy", 24 * self.manifest.documents)
         for shard in self.manifest.shards:
             self._check_size(sizes, shard["name"], width * shard["tokens"])
@@ -251,7 +291,9 @@ class TokenStream:
     def _named(self, name: str) -> str:
         """A file for error messages: of an adopted stream, the one that its link leads to as well."""
         path = self.directory / name
-        return f"{path} -> {path.readlink()}" if path.is_symlink() else str(path)
+        with suppress(OSError):  # also of a name that is too long for a file
+            return f"{path} -> {path.readlink()}" if path.is_symlink() else str(path)
+        return str(path)
 
     def _map(self, name: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         path, offset = self.directory / name, _header_bytes(name)
@@ -326,10 +368,10 @@ class TokenStream:
                 f"{self.directory}: was adopted without a tokenizer; "
                 "adopt it again with tools/adopt_stream.py --tokenizer=my.model"
             )
-        found = Tokenizer.load(self.directory / "tokenizer.model")
-        if found.digest != self.manifest.tokenizer:
-            raise StreamError(f"{self.directory}/tokenizer.model: not the model that made this stream; build it again")
-        return found
+        try:
+            return Tokenizer.load(self.directory / "tokenizer.model", self.manifest.tokenizer)
+        except UserError as error:
+            raise StreamError(f"{error}; or build the stream again") from error
 
     def verify(self) -> Iterator[tuple[str, int]]:
         """Check every byte; yields (file, bytes) as each one is found right.

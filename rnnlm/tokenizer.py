@@ -24,6 +24,7 @@ from rnnlm.corpus import BadRecordError, Document, LongDocument, fraction_of, jo
 
 META = "\u2581"  # SentencePiece writes a space so
 PIECE_CHARACTERS = 16384  # longer documents enter the sample in pieces, so that none fills it alone
+MODEL_BYTES = 2**28  # a million pieces take about 20 MB
 HELD_BACK_BYTES = 2**20  # enough for bytes per token to three digits
 
 
@@ -43,25 +44,36 @@ class Tokenizer:
             self.vocab_size = int(self._processor.vocab_size())
             self.eos_id = int(self._processor.eos_id())
             self.unknown_id = int(self._processor.unk_id())
-        except RuntimeError as error:
+            self._processor.id_to_piece(list(range(self.vocab_size)))  # raises where a piece is no text
+            first = self.encode("a")[:1]
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise UserError(f"{name}: not a SentencePiece model; train one with tools/train_tokenizer.py") from error
         if self.eos_id < 0:
             raise UserError(f"{name}: has no EOS piece; train it with --eos_id, or use tools/train_tokenizer.py")
-        self._dummy_prefix = self._processor.id_to_piece(self.encode("a")[0]).startswith(META)
+        if not first:
+            raise UserError(f"{name}: makes nothing of a text; train another with tools/train_tokenizer.py")
+        self._dummy_prefix = self.piece(first[0]).startswith(META)
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """The model in a file.
+    def load(cls, path: str | Path, digest: str = "") -> Tokenizer:
+        """The model in a file; where `digest` is given, another file is refused before SentencePiece sees it.
 
         Raises:
-            UserError: the file is missing or no usable model.
+            UserError: the file is missing, no usable model, or not that of the digest.
         """
         try:
-            return cls(Path(path).read_bytes(), str(path))
+            size = Path(path).stat().st_size
+            usable = Path(path).is_file() and size <= MODEL_BYTES  # to open a pipe would wait for its writer
+            model = Path(path).read_bytes() if usable else b""
         except OSError as error:
             raise UserError(
                 f"tokenizer.model={path}: {error.strerror}; train one with tools/train_tokenizer.py"
             ) from error
+        if not model:
+            raise UserError(f"{path}: {size} bytes are no SentencePiece model; train one with tools/train_tokenizer.py")
+        if digest and hashlib.sha256(model).hexdigest() != digest:
+            raise UserError(f"{path}: not the model that this was made with; put the right one back")
+        return cls(model, str(path))
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without EOS."""

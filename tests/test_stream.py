@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections import Counter
@@ -216,3 +217,14 @@ def test_a_thousand_random_faults_are_refused_naming_the_file(streams: Path, tmp
             (whole / name).write_bytes(contents[name])
     assert set(refused) == set(kinds)
     assert list(TokenStream(whole).verify())
+
+
+@pytest.mark.parametrize("name", ["stream.json", "tokenizer.model", "shard-00000.npy", "documents.npy"])
+@pytest.mark.parametrize("fault", ["pipe", "loop", "directory"])
+def test_fault_30_what_is_no_file_is_not_opened(tmp_path: Path, tokenizer: Tokenizer, name: str, fault: str) -> None:
+    write_stream(tmp_path / "s", tokenizer, [5, 299, 1], shard_tokens=100)
+    path = tmp_path / "s" / name
+    path.unlink()
+    {"pipe": os.mkfifo, "loop": lambda path: path.symlink_to(path), "directory": Path.mkdir}[fault](path)
+    with pytest.raises(StreamError):
+        list(TokenStream(tmp_path / "s").verify())
