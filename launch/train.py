@@ -3,17 +3,20 @@
 accelerate launch --config_file launch/cpu.yaml launch/train.py --config configs/imdb.yaml
 accelerate launch --config_file launch/one_node.yaml launch/train.py --config configs/imdb.yaml
 python launch/train.py --config configs/imdb.yaml --train.max_steps=100 --run.directory=runs/try
+
+Exit codes: 0 done, 75 stopped by SIGTERM, SIGINT or SIGUSR1 (saved, and preempted.json lies in the run), 1 a fault, 2 a
+mistake in what was asked. A launcher makes 1 of 75; the marker tells.
 """
 
 from rnnlm.config import TRAINING_SECTIONS, read_config, run_door
 
 
-def main() -> None:
-    """Read the configuration, then train."""
+def main() -> int:
+    """Read the configuration, then train; the exit code."""
     config = read_config(TRAINING_SECTIONS, __doc__)
     from rnnlm.trainer import Trainer  # after --help: torch takes a second to import
 
-    Trainer(config).fit()
+    return Trainer(config).fit()
 
 
 if __name__ == "__main__":

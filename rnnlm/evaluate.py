@@ -68,6 +68,7 @@ def evaluate(
     process: int = 0,
     processes: int = 1,
     gather: Callable[[Tensor], Tensor] = lambda sums: sums,
+    beat: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Score a stream in the model's own precision (fp32), without dropout.
 
@@ -76,6 +77,7 @@ def evaluate(
         count_eos: whether ends of documents are scored and counted.
         process, processes: this process takes blocks process, process + processes, ...
         gather: adds up a (batch_size,) fp64 tensor over the processes; in each all rows but its own are zero.
+        beat: called after every batch.
     """
     rows = min(batch_size, len(stream))
     ring = Ring(len(stream), rows, WINDOW)
@@ -90,6 +92,7 @@ def evaluate(
                 targets = targets.masked_fill(targets == stream.manifest.eos_id, -1)
             losses, hidden = model.token_losses(inputs, hidden, targets)
             sums[first:last] += losses.double().sum(dim=1)
+            beat()
     manifest = stream.manifest
     ends = manifest.eos_tokens if count_eos else 0
     return Evaluation(

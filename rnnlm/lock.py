@@ -37,11 +37,12 @@ def locked(directory: Path, note: Path, what: str, shared: bool = False, patienc
     try:
         _take(directory, held[0], note, what, shared, time.monotonic() + patience_seconds)
         note.parent.mkdir(parents=True, exist_ok=True)
-        if shared:
-            note.unlink(missing_ok=True)
-        else:
+        if not shared:
             note.write_text(f"{socket.gethostname()}, process {os.getpid()}, {time.ctime()}")
-        yield
+        try:
+            yield
+        finally:
+            note.unlink(missing_ok=True)
     finally:
         os.close(held.pop())
 

@@ -52,6 +52,12 @@ class IntervalLoss:
         self.sums.copy_(torch.tensor(sums))
 
     @staticmethod
+    def tensor_mean(sums: torch.Tensor) -> torch.Tensor:
+        """() fp64: as `mean`, on the device; NaN where a loss was not finite."""
+        mean = sums[0].double() / FIXED_POINT / sums[1].clamp(min=1)
+        return torch.where(sums[2] > 0, torch.nan, mean)
+
+    @staticmethod
     def mean(sums: list[int]) -> float | None:
         """Nats per token of reduced sums; None where a loss was not finite, or beyond all use."""
         loss, count, bad = sums

@@ -1,44 +1,32 @@
-"""The training loop: the only user of Accelerate.
+"""The training loop.
 
-Accelerate launches, places, wraps in DDP, mixes precisions and reduces. It never sees the loader (it would deal
-consecutive windows to different ranks), nor the schedule (it would step it once per rank), nor the hidden state: those
-are arithmetic on the step, and tensors of this module. A step's gradient is that of sum(loss) / (S * seq_len), a
-constant, so a token weighs the same in every step, on every rank, in every micro-batch.
+A step is one window of every substream and one update. Its gradient is that of sum(loss) / (S * seq_len), a constant,
+so a token weighs the same in every step, on every rank, in every micro-batch. What a run does next is a pure function
+of what a checkpoint holds: data, masks and learning rate are arithmetic on the step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
 
-import accelerate
+import numpy as np
 import torch
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list, gather_object
 
-import rnnlm
 from rnnlm import checkpoint
 from rnnlm.cells import Hidden
-from rnnlm.config import (
-    TRAINING_SECTIONS,
-    Config,
-    UserError,
-    as_list,
-    differing,
-    dump_yaml,
-    identity,
-    load_yaml,
-    nearest,
-)
+from rnnlm.claim import Claim, check_alike, claim, fingerprint, mark, state_of, versions
+from rnnlm.config import Config, RunError, UserError, as_list, nearest
 from rnnlm.evaluate import Evaluation, evaluate, exp
 from rnnlm.generate import continuations
+from rnnlm.health import Health
+from rnnlm.interrupts import Interrupts, Watchdog
+from rnnlm.lock import locked
 from rnnlm.metrics import IntervalLoss, Metrics, Stopwatch, peak_memory_bytes
 from rnnlm.model import RecurrentLM
 from rnnlm.optim import (
@@ -48,12 +36,16 @@ from rnnlm.optim import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from rnnlm.stream import TokenStream, write_durably
+from rnnlm.processes import Accelerator, TreeSum, Wishes, end, everyones, from_main, start_accelerator
+from rnnlm.saving import Saved, Saver
+from rnnlm.stream import Tokens, TokenStream
 from rnnlm.substreams import Batch, SubstreamDataset, loader, open_ring, open_streams
+from rnnlm.tensorfile import Tensors
 from rnnlm.tokenizer import Tokenizer
+from rnnlm.untrusted import check_state
 
-T = TypeVar("T")
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
+PREEMPTED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
+LOCK_PATIENCE_SECONDS = 15.0  # a life that was killed a moment ago may not have ended yet
 
 
 class Trainer:
@@ -73,39 +65,53 @@ class Trainer:
         self.accelerator = start_accelerator(config)
         self.device = self.accelerator.device
         self.processes, self.process = self.accelerator.num_processes, self.accelerator.process_index
+        self._check_alike()
         self.first, self.last = self._share()
-        planned = config.train.epochs * self.ring.windows_per_epoch
-        self.total_steps = min(planned, config.train.max_steps or planned)
-
         raw = RecurrentLM(config.model, manifest.vocab_size, config.train.seed, config.train.loss_chunk_tokens)
         self.raw = raw.to(self.device)  # without DDP and autocast: for evaluation, generation, saving
         self.raw_optimizer = build_optimizer(self.raw, config.optim)
         self.model, self.optimizer = self.accelerator.prepare(self.raw, self.raw_optimizer)
         self.rows = torch.arange(self.first, self.last, device=self.device)
         self.hidden: Hidden = self.raw.zero_hidden(self.last - self.first)
+        self.ended, _ = self.ring.place(0, self.first, self.last)  # (rows,): up to where the hidden states have read
         self.memory = ValidationMemory()
         self.step = 0  # updates done, and so the data position
         self.horizon = config.optim.horizon_steps or self.total_steps
-        self.interval, self.clock = IntervalLoss(self.device), Stopwatch()
+        self.interval, self.clock, self.health = IntervalLoss(self.device), Stopwatch(), Health(self.device)
         self.gradient_norm = torch.zeros((), device=self.device)
-        self.saved_step = 0
+        self.saver, self.saved_step, self.saved_at = Saver(self.directory / "checkpoints"), 0, time.monotonic()
+        self.interrupts, self.wishes = Interrupts(), Wishes(self.device)
+        self.watchdog = Watchdog(60 * config.run.timeout_minutes)
+        self.preempted = self.wants_save = False
+        self.stack = ExitStack()  # what is held until the end: the lock, in the main process
         self.metrics: Metrics | None = None  # in the main process alone
         self._settle()
 
-    def fit(self) -> None:
-        """Train to the end; the same call after any kind of death goes on where the newest checkpoint stands."""
-        self.resume()
-        self.open_metrics()
-        with closing(self.batches()) as batches:
-            for batch in batches:
-                self.train_step(batch)
-                if self.due(self.config.eval.every_steps or self.ring.windows_per_epoch):
-                    self.validate()  # first: it may end the training
-                if self.due(self.config.run.log_every_steps):
-                    self.log()
-                if self.due(self.config.run.save_every_steps):
-                    self.save()
-        self.close()
+    def fit(self) -> int:
+        """Train to the end; the same call after any kind of death goes on where the newest checkpoint stands.
+
+        Returns:
+            The exit code: 0 at the end, 75 when a signal ended it before.
+        """
+        with self.stack, self.interrupts, closing(self.watchdog):
+            self.resume()
+            self.open_metrics()
+            with closing(self.batches()) as batches:
+                for batch in batches:
+                    self.train_step(batch)
+                    best = self.validation_due() and self.validate()  # first: it may end the training
+                    if self.due(self.config.run.log_every_steps):
+                        self.log()
+                    self.heed()
+                    if best or self.wants_save or self.due(self.config.run.save_every_steps):
+                        self.save(best)
+            return self.close()
+
+    @property
+    def total_steps(self) -> int:
+        """Steps from the beginning of the run to its end."""
+        planned = self.ring.steps_before(self.config.train.epochs)
+        return min(planned, self.config.train.max_steps or planned)
 
     @property
     def finished(self) -> bool:
@@ -116,25 +122,44 @@ class Trainer:
         """Whether something that happens every so many steps, and at the end, happens now."""
         return self.step % every == 0 or self.finished
 
+    def validation_due(self) -> bool:
+        """Whether the model is scored now: every so many steps, or where an epoch ends; and at the end."""
+        every = self.config.eval.every_steps
+        return self.due(every) if every else self.ring.is_epoch_start(self.step) or self.finished
+
+    def heed(self) -> None:
+        """Signals to any process, and the clock of the main one, are heeded by all at the same step."""
+        self.watchdog.beat()
+        minutes = self.config.run.save_every_minutes
+        late = bool(self.metrics and minutes and time.monotonic() - self.saved_at > 60 * minutes)
+        stop, self.wants_save = self.wishes.agree(bool(self.interrupts.name), late)
+        self.preempted = stop and not self.finished
+        self.wants_save |= self.preempted
+
     def batches(self) -> Generator[Batch, None, None]:
         """This process's batches from the present step on, each checked to go on where its rows ended."""
         dataset = SubstreamDataset(self.train_stream, self.ring, self.first, self.last, self.step, self.total_steps)
         source = iter(loader(dataset, self.config.train.prefetch_workers, self.device.type == "cuda"))
-        expected, _ = self.ring.place(self.step, self.first, self.last)
+        follows: Tokens | None = None  # each row's next token; None: ask the stream
         self.clock.reset(self.ring.targets_before(self.step))
         try:
-            while not self.finished:
+            while not self.finished and not self.preempted:
                 asked = time.perf_counter()
                 batch = next(source)
                 self.clock.waited += time.perf_counter() - asked
-                if self.ring.locate(self.step)[1] == 0:
-                    expected, _ = self.ring.place(self.step, self.first, self.last)
-                if batch.step != self.step or not (batch.positions.numpy() == expected).all():
+                if self.ring.is_epoch_start(self.step):
+                    self.ended, follows = self.ring.place(self.step, self.first, self.last)[0], None
+                if follows is None:
+                    follows = self.train_stream.windows(self.ended, 1)[:, 0]
+                positions, tokens = batch.positions.numpy(), batch.tokens.numpy()
+                right = np.array_equal(positions, self.ended) and np.array_equal(tokens[:, 0], follows)
+                if batch.step != self.step or not right:
                     raise RuntimeError(
-                        f"step {self.step}: the loader gave step {batch.step} at positions {batch.positions.tolist()}, "
-                        f"but the rows ended at {expected.tolist()}; hidden states would be of other text"
+                        f"step {self.step}: the loader gave step {batch.step} at positions {positions.tolist()}, "
+                        f"but the rows ended at {self.ended.tolist()}; hidden states would be of other text"
                     )
-                expected = (expected + batch.lengths.numpy()) % self.ring.tokens
+                self.ended = (self.ended + batch.lengths.numpy()) % self.ring.tokens
+                follows = tokens[:, -1]  # a row that ends before it ends the epoch
                 yield batch
         finally:
             del source  # ends the workers now: at exit they would be sent a SIGTERM, which they ignore
@@ -142,43 +167,75 @@ class Trainer:
     def train_step(self, batch: Batch) -> None:
         """Forward, backward, clip, update: one window of every substream of this process."""
         inputs, targets = batch.to(self.device)  # (B, T) each
-        if self.ring.locate(self.step)[1] == 0:
+        if self.ring.is_epoch_start(self.step):
             self.hidden = self.raw.zero_hidden(self.last - self.first)
         step = torch.full((), self.step, device=self.device)  # int64, filled on the device: no copy to wait for
+        tree = TreeSum() if self.config.train.exact_slices else None
+        # a mean over substreams and time; DDP averages over processes: times their number it is a sum
+        scale = (1 if tree else self.processes) / (self.ring.substreams * self.ring.seq_len)
         after: list[Hidden] = []
-        size = (self.last - self.first) // self.config.train.accumulation
+        size = (self.last - self.first) // self.parts
+        before = self.interval.sums.clone()
         for start in range(0, self.last - self.first, size):  # micro-batches of substreams, never of time
             own = slice(start, start + size)
             hidden = {name: state[own] for name, state in self.hidden.items()}
             is_last = own.stop == self.last - self.first
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            with nullcontext() if is_last and not tree else self.accelerator.no_sync(self.model):
                 loss, count, hidden = self.model(inputs[own], hidden, targets[own], step, self.rows[own])
-                # DDP averages over processes: times their number it is a sum
-                self.accelerator.backward(loss * (self.processes / (self.ring.substreams * self.ring.seq_len)))
+                poison = loss.detach() * 0  # NaN where the loss is not finite, and then so is the gradient of all ranks
+                self.accelerator.backward(loss * (scale + poison))
+            if tree:
+                tree.add([parameter.grad for parameter in self.raw.parameters() if parameter.grad is not None])
+                if not is_last:
+                    self.raw_optimizer.zero_grad()
             self.interval.add(loss.detach(), count)
             after.append({name: state.detach() for name, state in hidden.items()})
-        self.hidden = {name: torch.cat([each[name] for each in after]) for name in self.hidden}
-        self.update()
+        if tree:
+            tree.finish([parameter.grad for parameter in self.raw.parameters() if parameter.grad is not None])
+        joined = {name: torch.cat([each[name] for each in after]) for name in self.hidden}
+        self.hidden = self.health.reset_rows(joined)
+        self.update(self.interval.sums - before)
 
-    def update(self) -> None:
-        """Clip, set the learning rate, apply the gradient."""
-        optim = self.config.optim
+    @property
+    def parts(self) -> int:
+        """Micro-batches of this process in a step."""
+        train = self.config.train
+        return train.exact_slices // self.processes if train.exact_slices else train.accumulation
+
+    def update(self, sums: torch.Tensor) -> None:
+        """Clip, set the learning rate, apply the gradient, unless it is of no use.
+
+        Args:
+            sums: what this step added to the interval's, for the rule of spikes.
+        """
+        optim, sigmas = self.config.optim, self.config.train.skip_spikes_sigmas
         norm = self.accelerator.clip_grad_norm_(self.raw.parameters(), optim.clip_norm or float("inf"))
         assert norm is not None
         self.gradient_norm = norm.detach()
+        loss = IntervalLoss.tensor_mean(self.accelerator.reduce(sums, "sum")) if sigmas else None
+        skip = self.health.judge(self.gradient_norm, loss, sigmas)
         for group in self.raw_optimizer.param_groups:
             group["lr"] = learning_rate(optim, self.step, self.horizon, self.memory)
+        if not self.accelerator.scaler:  # fp16's scaler finds out by itself
+            self.raw_optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # the fused kernels then do nothing
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
 
     def log(self) -> None:
-        """One line: the mean loss since the last one, over all processes."""
+        """One line: the mean loss since the last one, over all processes.
+
+        Raises:
+            RunError: too many steps in a row were skipped.
+        """
         sums = self.accelerator.reduce(self.interval.sums, "sum").tolist()
+        skipped, _ = self.health.check(self.config.train.stop_after_skipped)
+        resets = int(self.accelerator.reduce(self.health.resets.clone(), "sum"))
         self.interval = IntervalLoss(self.device)
         tokens = self.ring.targets_before(self.step)
         loss = IntervalLoss.mean(sums)
         if self.metrics:
+            self.report_saves(self.saver.poll())
             self.metrics.write(
                 "train",
                 {
@@ -189,6 +246,8 @@ class Trainer:
                     "ppl": None if loss is None else exp(loss),
                     "learning_rate": self.raw_optimizer.param_groups[0]["lr"],
                     "gradient_norm": float(self.gradient_norm),
+                    "skipped_steps": skipped,
+                    "hidden_resets": resets,
                     "tokens_per_second": (tokens - self.clock.tokens) / self.clock.seconds,
                     "data_wait_share": self.clock.waited / self.clock.seconds,
                     "peak_memory_bytes": peak_memory_bytes(self.device),
@@ -198,21 +257,20 @@ class Trainer:
             )
         self.clock.reset(tokens)
 
-    def validate(self) -> None:
-        """Score the validation stream; rank 0 decides for all what follows from it."""
+    def validate(self) -> bool:
+        """Score the validation stream; whether it is the best so far."""
         if self.valid_stream is None:
-            return
+            return False
         with self.clock.pause():
-            evaluation = score(self.accelerator, self.raw, self.valid_stream, self.config)
-            loss = float(broadcast(torch.tensor(evaluation.loss, dtype=torch.float64, device=self.device)))
+            evaluation = score(self.accelerator, self.raw, self.valid_stream, self.config, self.watchdog.beat)
+            loss = from_main(self.accelerator, lambda: evaluation.loss)
             best = self.memory.update(loss, self.step, self.config.optim)
             if self.metrics:
                 figures = {"step": self.step, "tokens": self.ring.targets_before(self.step), "best": best}
                 self.metrics.write("valid", {**figures, **evaluation.to_dict()})
                 self.metrics.draw(every_seconds=30)
                 self.sample()
-        if best:
-            self.save(best=True)
+        return best
 
     def sample(self) -> None:
         """Continue the configured prompts into samples.md."""
@@ -224,98 +282,97 @@ class Trainer:
             self.metrics.sample(self.step, "\n\n".join(f"```text\n{text}\n```" for text in texts.values()))
 
     def save(self, best: bool = False) -> None:
-        """Write a checkpoint; a full or failing disk costs this checkpoint, not the run."""
+        """Copy what a checkpoint holds, leave the writing to a thread; a failing disk costs no more than this one."""
         with self.clock.pause():
             hidden = {name: self.accelerator.gather(state) for name, state in self.hidden.items()}  # (S, H) each
+            hidden["ended"] = self.accelerator.gather(torch.from_numpy(self.ended).to(self.device))  # (S,)
             sums = self.accelerator.reduce(self.interval.sums.clone(), "sum").tolist()
+            resets = int(self.accelerator.reduce(self.health.resets.clone(), "sum"))
             if not self.metrics:
                 return
+            scaler = self.accelerator.scaler
             state = {
                 "step": self.step,
                 "horizon_steps": self.horizon,
                 "memory": self.memory.to_dict(),
                 "interval": sums,
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
-                "stream": self.train_stream.manifest.digest,
-                "tokenizer": self.train_stream.manifest.tokenizer,
-                "vocab_size": self.train_stream.manifest.vocab_size,
-                "configuration": identity(self.config),
+                "health": self.health.to_dict(resets),
+                "scaler": scaler.state_dict() if scaler else {},
                 "processes": self.processes,
-                "versions": versions(self.device),
+                **state_of(self.config, self.train_stream, self.ring, self.device),
             }
-            parts: dict[str, dict[str, torch.Tensor]] = {
+            parts: dict[str, Tensors] = {
                 "model": dict(self.raw.named_parameters()),
                 "optimizer": optimizer_tensors(self.raw, self.raw_optimizer),
                 "hidden": hidden,
             }
-            prefix = "best" if best else "step"
-            root = self.directory / "checkpoints"
-            try:
+            with self.metrics.forgiven("metrics.jsonl"):
                 self.metrics.sync()
-                written = checkpoint.save(root, f"{prefix}-{self.step:08d}", parts, state)
-                self.saved_step = self.saved_step if best else self.step
-                checkpoint.prune(written, prefix, 1 if best else self.config.run.keep_last)
-            except (OSError, UserError) as error:
-                self.metrics.say(f"warning: step {self.step}: no checkpoint ({error}); training goes on")
+            names = [f"{prefix}-{self.step:08d}" for prefix in ("step", "best")]
+            run = self.config.run
+            if self.wants_save or self.due(run.save_every_steps):
+                also = names[1:] if best else []
+                saved = self.saver.submit(names[0], parts, state, run.keep_last, run.keep_every_steps, also)
+            else:
+                saved = self.saver.submit(names[1], parts, state, 1)
+            self.report_saves(saved)
+            self.saved_at = time.monotonic()
+
+    def report_saves(self, finished: list[Saved]) -> None:
+        """Tell what became of saves that ended; what failed is tried again at the next one's time."""
+        assert self.metrics
+        for saved in finished:
+            prefix, _, step = saved.name.partition("-")
+            if saved.path and prefix == "step":
+                self.saved_step = max(self.saved_step, int(step))
+            if saved.error and saved.path:
+                self.metrics.say(f"warning: {saved.name}: older checkpoints are still there ({saved.error})")
+            elif saved.error:
+                self.metrics.say(f"warning: step {int(step)}: no checkpoint ({saved.error}); training goes on")
+            grace = self.config.run.grace_seconds
+            if saved.path and saved.seconds > grace:
+                self.metrics.say(
+                    f"warning: {saved.name} took {saved.seconds:.0f} seconds to write, more than run.grace_seconds="
+                    f"{grace:g}: after a signal it may be too late; ask for a longer grace, or save more often"
+                )
 
     def resume(self) -> None:
         """Take over the run's directory, and its newest whole checkpoint if there is one."""
-        path = from_main(self.accelerator, self._claim)
-        if path is None:
+        start = from_main(self.accelerator, self._claim)
+        self.ring = dataclasses.replace(self.ring, origin=start.origin)
+        if start.checkpoint is None:
             return
-        found = checkpoint.load(Path(path))
+        found = checkpoint.load(Path(start.checkpoint), every_byte=False)  # the tensors are checked as they are read
+        check_state(found.state, found.path)
         state, now = found.state, versions(self.device)
         if state["versions"] != now and self.accelerator.is_main_process:
             print(f"warning: saved under {state['versions']}, now {now}: bits may differ", file=sys.stderr)
-        checkpoint.copy_tensors(dict(self.raw.named_parameters()), found.tensors("model"), found.path)
+        parameters = dict(self.raw.named_parameters())
+        checkpoint.copy_tensors(parameters, found.tensors("model", parameters), found.path)
         load_optimizer_tensors(self.raw, self.raw_optimizer, found.tensors("optimizer"))
-        own = {name: rows[self.first : self.last] for name, rows in found.tensors("hidden").items()}
-        checkpoint.copy_tensors(self.hidden, own, found.path)
+        if "train.global_batch_size" not in start.changed:  # else an epoch begins, and all states with it from zero
+            own = {name: rows[self.first : self.last] for name, rows in found.tensors("hidden").items()}
+            self.ended = own.pop("ended").numpy()
+            checkpoint.copy_tensors(self.hidden, own, found.path)
         self.step, self.horizon = state["step"], state["horizon_steps"]
         self.saved_step = self.step
         self.memory = ValidationMemory(**state["memory"])
-        if self.accelerator.is_main_process:  # one process carries what was summed over all
+        is_main = self.accelerator.is_main_process
+        if is_main:  # one process carries what was summed over all
             self.interval.restore(state["interval"])
+        self.health.restore(state["health"], is_main)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
-    def _claim(self) -> str | None:
-        """In the main process: check that the directory is this run's, record the configuration, find a checkpoint."""
-        record, root = self.directory / "config.yaml", self.directory / "checkpoints"
-        fields = differing(self.config, load_yaml(record)) if record.exists() else []
-        found, damaged = checkpoint.newest(root, "step")
-        if found and not fields:  # the record may have been edited
-            fields = differing(self.config, found.state["configuration"])
-        if fields:
-            raise UserError(
-                f"run.directory={self.directory}: holds a run of another configuration ({'; '.join(fields)}); "
-                "choose another run.directory, or give these fields the values they have there"
-            )
-        manifest = self.train_stream.manifest
-        mine = {"stream": manifest.digest, "tokenizer": manifest.tokenizer}
-        for key, digest in mine.items() if found else ():
-            assert found
-            if found.state[key] != digest:
-                raise UserError(
-                    f"run.directory={self.directory}: trained on another {key} ({found.state[key][:12]}, now "
-                    f"{digest[:12]}); give it its own again, or choose another run.directory"
-                )
-        for error in damaged:
-            print(f"warning: {error}; set aside, going on from an older one", file=sys.stderr, flush=True)
-        if found:
-            checkpoint.set_aside(root, "step", found)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        files = {"tokenizer.model": self.tokenizer.model} if self.tokenizer else {}
-        files["config.yaml"] = dump_yaml(self.config, TRAINING_SECTIONS).encode()
-        for name, data in files.items():
-            write_durably(self.directory / f"{name}.partial", data)
-            (self.directory / f"{name}.partial").replace(self.directory / name)
-        return str(found.path) if found else None
+    def _claim(self) -> Claim:
+        """In the main process: hold the directory, then look at it."""
+        note = self.directory / "holder"
+        self.stack.enter_context(locked(self.directory, note, "run", patience_seconds=LOCK_PATIENCE_SECONDS))
+        return claim(self.config, self.train_stream, self.tokenizer)
 
     def open_metrics(self) -> None:
         """Tell what starts here, and with which processes."""
-        mine = {"process": self.process, "pid": os.getpid(), "substreams": [self.first, self.last]}
-        ranks = gather_object([mine])
+        ranks = everyones({"process": self.process, "pid": os.getpid(), "substreams": [self.first, self.last]})
         if not self.accelerator.is_main_process:
             return
         self.metrics = Metrics(self.directory, self.config.run, self.step, self.total_steps)
@@ -333,22 +390,37 @@ class Trainer:
         figures = {"device": self.device.type, "threads": torch.get_num_threads(), "parameters": counts}
         self.metrics.write("start", {**record, **figures, "versions": versions(self.device)})
 
-    def close(self) -> None:
-        """Finish the reports, say where everything is, and leave the other processes in order.
+    def close(self) -> int:
+        """Finish the reports, say where everything is, and leave the other processes in order; the exit code.
 
         Raises:
-            UserError: the last checkpoint could not be written.
+            RunError: the last checkpoint could not be written.
         """
         if self.metrics:
+            self.report_saves(self.saver.wait())
             self.metrics.close()
-            self.say_finished()
+            if self.preempted:
+                self.say_preempted()
+            else:
+                self.say_finished()
         del self.model, self.optimizer
         end(self.accelerator)
-        if self.metrics and self.saved_step < self.step:
-            raise UserError(
+        if self.metrics and self.saved_step < self.step and not self.preempted:
+            raise RunError(
                 f"{self.directory}: the last checkpoint is of step {self.saved_step}, not {self.step}; "
                 "make room on the disk and type the same command again"
             )
+        return PREEMPTED if self.preempted else 0
+
+    def say_preempted(self) -> None:
+        """Leave the marker by which scripts know that the run is to be started again."""
+        name = self.interrupts.name or "a signal to another process"
+        mark(self.directory, name, self.step, self.saved_step)
+        print(
+            f"{self.directory}: {name} at step {self.step} of {self.total_steps}, saved at step {self.saved_step}; "
+            "type the same command again to go on",
+            flush=True,
+        )
 
     def _settle(self) -> None:
         """Let DDP lay out its buckets, which it does after the first backward pass, before the first step.
@@ -376,85 +448,28 @@ class Trainer:
 
     def _share(self) -> tuple[int, int]:
         """The substreams of this process: first, and one past the last."""
-        size, each = self.config.train.global_batch_size, self.processes * self.config.train.accumulation
+        train, processes = self.config.train, self.processes
+        if train.exact_slices % processes:
+            fitting = [2**k for k in range(train.exact_slices.bit_length())]
+            raise UserError(
+                f"train.exact_slices={train.exact_slices} is not divisible by {processes} processes; "
+                f"launch {', '.join(map(str, fitting))}"
+            )
+        size, each = train.global_batch_size, processes * train.accumulation
         if size % each:
             raise UserError(
-                f"train.global_batch_size={size} is not divisible by {self.processes} processes times "
-                f"train.accumulation={self.config.train.accumulation}; use {nearest(size, each)}"
+                f"train.global_batch_size={size} is not divisible by {processes} processes times "
+                f"train.accumulation={train.accumulation}; use {nearest(size, each)}"
             )
-        return self.process * size // self.processes, (self.process + 1) * size // self.processes
+        return self.process * size // processes, (self.process + 1) * size // processes
 
-
-def from_main(accelerator: accelerate.Accelerator, function: Callable[[], T]) -> T:
-    """What the main process makes of `function`, in every process; its mistake is everyone's."""
-    box: list[Any] = [None, None]
-    if accelerator.is_main_process:
+    def _check_alike(self) -> None:
+        prints = everyones(fingerprint(self.config, self.train_stream))
         try:
-            box[0] = function()
-        except (UserError, OSError) as error:
-            box[1] = str(error)
-    broadcast_object_list(box)
-    if box[1] is not None:
-        end(accelerator)
-        raise UserError(box[1])
-    result: T = box[0]
-    return result
-
-
-def end(accelerator: accelerate.Accelerator) -> None:
-    """Leave together, with nothing that still holds the process group: its threads outlive Python otherwise."""
-    accelerator.wait_for_everyone()
-    accelerator.free_memory()
-    gc.collect()
-    accelerator.end_training()
-
-
-def start_accelerator(config: Config) -> accelerate.Accelerator:
-    """Accelerate for this configuration, after checks that it is what was launched.
-
-    Raises:
-        UserError: a device or precision that is not to be had, or processes that do not see each other.
-    """
-    train = config.train
-    cuda = torch.cuda.is_available() and train.device != "cpu"
-    if train.device == "cuda" and not cuda:
-        raise UserError("train.device=cuda: PyTorch sees no GPU here; use train.device=cpu or auto")
-    if train.precision == "fp16" and not cuda:
-        raise UserError("train.precision=fp16: needs a GPU, on a CPU nothing would run in fp16; use bf16 or fp32")
-    environment = os.environ
-    if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
-        raise UserError(
-            "accelerate launch was asked for several processes but started one; "
-            "use --config_file launch/cpu.yaml --num_processes 2, which starts them on a CPU"
-        )
-    set_arithmetic(config, cuda)
-    accelerator = accelerate.Accelerator(
-        cpu=not cuda,
-        mixed_precision=PRECISIONS[train.precision],
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-    accelerator.gradient_accumulation_steps = 1  # whatever the environment says: a step scales its own loss
-    launched = int(environment.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise UserError(
-            f"{launched} processes were launched, but each sees {accelerator.num_processes}; "
-            "launch with a file of launch/, as in accelerate launch --config_file launch/cpu.yaml"
-        )
-    return accelerator
-
-
-def set_arithmetic(config: Config, cuda: bool) -> None:
-    """Threads, TF32 and determinism, before anything is computed."""
-    if cuda:
-        torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = config.train.tf32
-    else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(config.train.cpu_threads or max(1, cores // local))
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # cuBLAS and cuDNN's recurrent layers ask for it
-        torch.use_deterministic_algorithms(True)
+            check_alike(prints)
+        except UserError:
+            end(self.accelerator)
+            raise
 
 
 def evaluate_run(config: Config) -> Evaluation:
@@ -482,7 +497,13 @@ def evaluate_run(config: Config) -> Evaluation:
     return result
 
 
-def score(accelerator: accelerate.Accelerator, model: RecurrentLM, stream: TokenStream, config: Config) -> Evaluation:
+def score(
+    accelerator: Accelerator,
+    model: RecurrentLM,
+    stream: TokenStream,
+    config: Config,
+    beat: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """Evaluate on all processes, each with its share of the blocks; the result is everyone's."""
     return evaluate(
         model,
@@ -492,10 +513,5 @@ def score(accelerator: accelerate.Accelerator, model: RecurrentLM, stream: Token
         accelerator.process_index,
         accelerator.num_processes,
         lambda sums: accelerator.reduce(sums, "sum"),
+        beat,
     )
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """What the bits of a result may depend on besides the configuration."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
-    return {"rnnlm": rnnlm.__version__, "torch": torch.__version__, "machine": platform.machine(), "device": name}

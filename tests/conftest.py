@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
+from safetensors.torch import load_file
 
 from rnnlm.build import Build
 from rnnlm.config import Config, CorpusConfig, StreamConfig, TokenizerConfig
@@ -161,3 +163,23 @@ def results(run: Path) -> list[tuple[Any, ...]]:
     """Everything logged that must not depend on how often a run died: losses, rates, norms, validation."""
     keys = ("step", "tokens", "epoch", "loss", "learning_rate", "gradient_norm", "best", "nats")
     return [tuple(line.get(key) for key in keys) for kind in ("train", "valid") for line in records(run, kind)]
+
+
+def final_state(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Everything in the checkpoint of a step: all tensors, and trainer.json."""
+    path = run / f"checkpoints/step-{step:08d}"
+    tensors = {}
+    for part in ("model", "optimizer", "hidden"):
+        tensors.update({f"{part}.{name}": value for name, value in load_file(path / f"{part}.safetensors").items()})
+    return tensors, json.loads((path / "trainer.json").read_text())
+
+
+def assert_same_bits(run: Path, other: Path, step: int = 20) -> None:
+    """Tensors, state and all results of two runs at a step."""
+    (mine, my_state), (theirs, their_state) = final_state(run, step), final_state(other, step)
+    assert mine.keys() == theirs.keys()
+    assert {name.split(".")[0] for name in mine} == {"model", "optimizer", "hidden"}
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+    assert my_state == their_state
+    assert results(run) == results(other)

@@ -1,7 +1,11 @@
 """launch/train.py with a fault built in, for tests: `faulty_train.py FAULT VALUE options...`.
 
-kill N: SIGKILL to every process when it has done N steps.   masks: dropout masks keyed by rank, not by substream.
-skip N: from step N on the loader reads one window too far.   blind: Accelerate is not told that it is on a CPU.
+kill N: SIGKILL to every process when it has done N steps.   saving N: the same at the Nth operation on disk of a save.
+nan N, grad N: the loss, or one gradient, of the last process is not finite at step N, and at the 3 after it if N < 0.
+row N: the hidden state of substream 3 is NaN before step N.   spike N: the loss of step N is a hundred times itself.
+hang N, error N: the last process stops, or raises an error, at step N.   slow N: a step takes N milliseconds more.
+masks: dropout masks keyed by rank, not by substream.   skip N: from step N on the loader reads one window too far.
+blind: Accelerate is not told that it is on a CPU.
 """
 
 from __future__ import annotations
@@ -9,7 +13,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
 
@@ -17,6 +24,7 @@ import accelerate
 import torch
 import train
 
+import rnnlm.disk
 from rnnlm.config import run_door
 from rnnlm.substreams import Batch, SubstreamDataset
 from rnnlm.trainer import Trainer
@@ -60,6 +68,87 @@ def blind(value: int) -> None:
     """Processes that torchrun started and that each believe to be alone."""
     honest = accelerate.Accelerator
     accelerate.Accelerator = lambda cpu, **options: honest(**options)  # type: ignore[assignment,misc]
+
+
+def saving(value: int) -> None:
+    """Die in the middle of a checkpoint."""
+    operations = 0
+
+    def counted(honest: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(*arguments: Any) -> Any:
+            nonlocal operations
+            operations += 1
+            if operations == value:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return honest(*arguments)
+
+        return operation
+
+    for name in ("write", "sync", "rename", "unlink"):
+        setattr(rnnlm.disk, name, counted(getattr(rnnlm.disk, name)))
+
+
+def at_step(step: int, act: Callable[[Trainer], None], times: int = 1, last_only: bool = True) -> None:
+    """Do something before a step, and the ones after it, in the last process or in all."""
+    honest = Trainer.train_step
+
+    def train_step(self: Trainer, batch: Batch) -> None:
+        if step <= self.step < step + times and (not last_only or self.process == self.processes - 1):
+            act(self)
+        honest(self, batch)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
+
+
+def factor(self: Trainer, value: float) -> None:
+    """Multiply the next loss."""
+    honest = self.model.forward
+
+    def forward(*arguments: Any) -> Any:
+        self.model.forward = honest
+        loss, count, hidden = honest(*arguments)
+        return loss * value, count, hidden
+
+    self.model.forward = forward
+
+
+def nan(value: int) -> None:
+    at_step(abs(value), lambda self: factor(self, float("nan")), 4 if value < 0 else 1)
+
+
+def spike(value: int) -> None:
+    at_step(value, lambda self: factor(self, 100.0))
+
+
+def grad(value: int) -> None:
+    def act(self: Trainer) -> None:
+        weight = next(self.raw.parameters())
+        handle = weight.register_hook(lambda gradient: (handle.remove(), gradient * float("inf"))[1])
+
+    at_step(abs(value), act, 4 if value < 0 else 1)
+
+
+def row(value: int) -> None:
+    def act(self: Trainer) -> None:
+        if self.first <= 3 < self.last:
+            self.hidden["layer0.h"][3 - self.first, 0] = float("nan")
+
+    at_step(value, act, last_only=False)
+
+
+def hang(value: int) -> None:
+    at_step(value, lambda self: time.sleep(1000))
+
+
+def error(value: int) -> None:
+    def act(self: Trainer) -> None:
+        raise ZeroDivisionError("a fault of the last process")
+
+    at_step(value, act)
+
+
+def slow(value: int) -> None:
+    at_step(0, lambda self: time.sleep(value / 1000), times=10**9, last_only=False)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command, environment
 
-ORDER = ["config", "lock", "corpus", "tokenizer", "words", "encoder", "stream", "foreign", "units", "spill", "workers",
-         "assemble", "build", "substreams", "cells", "loss", "model", "optim", "evaluate", "generate", "checkpoint",
-         "metrics", "trainer"]  # fmt: skip
+ORDER = ["config", "lock", "corpus", "tokenizer", "words", "encoder", "stream", "foreign", "units",
+         "spill", "workers", "assemble", "build", "substreams", "cells", "loss", "model", "optim",
+         "health", "evaluate", "generate", "disk", "tensorfile", "untrusted", "checkpoint", "saving",
+         "claim", "interrupts", "processes", "metrics", "trainer"]  # fmt: skip
 HOMES = {
     "sentencepiece": "tokenizer",
-    "safetensors": "checkpoint",
-    "accelerate": "trainer",
+    "safetensors": "tensorfile",
+    "accelerate": "processes",
     "wandb": "metrics",
     "numba": "words",
     "pyarrow": "corpus",

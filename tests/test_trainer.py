@@ -7,14 +7,12 @@ import math
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Door, make_text, records, results
-from safetensors.torch import load_file
+from conftest import Door, assert_same_bits, final_state, make_text, records
 
 from rnnlm.config import ModelConfig
 from rnnlm.model import RecurrentLM
@@ -22,25 +20,6 @@ from rnnlm.stream import TokenStream
 from rnnlm.substreams import Ring
 
 TRAIN, FAULTY = "launch/train.py", "tests/faulty_train.py"
-
-
-def final_state(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Everything in the checkpoint of a step: all tensors, and trainer.json."""
-    path = run / f"checkpoints/step-{step:08d}"
-    tensors = {}
-    for part in ("model", "optimizer", "hidden"):
-        tensors.update({f"{part}.{name}": value for name, value in load_file(path / f"{part}.safetensors").items()})
-    return tensors, json.loads((path / "trainer.json").read_text())
-
-
-def assert_same_bits(run: Path, other: Path, step: int = 20) -> None:
-    (mine, my_state), (theirs, their_state) = final_state(run, step), final_state(other, step)
-    assert mine.keys() == theirs.keys()
-    assert {name.split(".")[0] for name in mine} == {"model", "optimizer", "hidden"}
-    for name in mine:
-        assert torch.equal(mine[name], theirs[name]), name
-    assert my_state == their_state
-    assert results(run) == results(other)
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,9 @@ def main() -> None:
     for split, manifest in manifests.items():
         counts = ", ".join(f"{count:,} {reason}" for reason, count in manifest.records.items())
         print(
-            f"{build.setting.directory(split)}: {manifest.tokens:,} tokens, {manifest.text_bytes / manifest.tokens:.3f} bytes "
-            f"per token, {len(manifest.shards)} shard(s); records: {counts}"
+            f"{build.setting.directory(split)}: {manifest.tokens:,} tokens, "
+            f"{manifest.text_bytes / manifest.tokens:.3f} bytes per token, "
+            f"{len(manifest.shards)} shard(s); records: {counts}"
         )
         if manifest.unknown_tokens:
             lost = f"warning: {manifest.unknown_tokens:,} tokens are unknown to the tokenizer, their text is lost"

@@ -1,0 +1,155 @@
+"""Taking over a run's directory: who may, with which configuration, from which checkpoint.
+
+What a run is does not change over its lives: model, optimizer, batch and windows, stream and tokenizer are compared
+with the record, and the first difference stops everything before anything is written. Two fields may change when the
+user says so by name: seq_len at any step, global_batch_size where an epoch begins; the arithmetic of the substreams
+then starts anew from a recorded origin, and every token of the epoch is still a target once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rnnlm
+from rnnlm import checkpoint
+from rnnlm.config import TRAINING_SECTIONS, Config, UserError, as_list, differing, dump_yaml, identity, load_yaml
+from rnnlm.stream import TokenStream, json_digest, write_durably
+from rnnlm.substreams import Origin, Ring
+from rnnlm.tokenizer import Tokenizer
+
+MARKER = "preempted.json"  # in the run, while it waits to be started again
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Where a life of a run begins."""
+
+    checkpoint: str | None  # path of the newest whole one
+    origin: Origin
+    changed: tuple[str, ...] = ()  # fields that this life changes
+
+
+def claim(config: Config, stream: TokenStream, tokenizer: Tokenizer | None) -> Claim:
+    """Check that the directory is this run's, record the configuration, find the newest whole checkpoint.
+
+    Raises:
+        UserError: a run of another configuration, stream or tokenizer; a change that is not possible there.
+        CheckpointError: there are checkpoints, but none is whole.
+    """
+    directory = Path(config.run.directory)
+    record, root = directory / "config.yaml", directory / "checkpoints"
+    found, damaged = checkpoint.newest(root, "step")
+    recorded = found.state["configuration"] if found else load_yaml(record) if record.exists() else {}
+    fields = differing(config, recorded)
+    changed = tuple(name for name in as_list(config.run.allow_change) if any(f.startswith(f"{name} ") for f in fields))
+    if refused := [field for field in fields if field.split(" ")[0] not in changed]:
+        raise UserError(
+            f"run.directory={directory}: holds a run of another configuration ({'; '.join(refused)}); choose another "
+            "run.directory, or give these fields the values they have there (run.allow_change says which may change)"
+        )
+    origin = Origin()
+    if found:
+        _check_data(directory, found.state, stream)
+        origin = _origin(config, found.state, stream, changed)
+    for error in damaged:
+        print(f"warning: {error}; set aside, going on from an older one", file=sys.stderr, flush=True)
+    if found:
+        checkpoint.set_aside(root, "step", found)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / MARKER).unlink(missing_ok=True)
+    files = {"tokenizer.model": tokenizer.model} if tokenizer else {}
+    files["config.yaml"] = dump_yaml(config, TRAINING_SECTIONS).encode()
+    for name, data in files.items():
+        write_durably(directory / f"{name}.partial", data)
+        (directory / f"{name}.partial").replace(directory / name)
+    return Claim(str(found.path) if found else None, origin, changed)
+
+
+def _check_data(directory: Path, state: Mapping[str, Any], stream: TokenStream) -> None:
+    for key, digest in {"stream": stream.manifest.digest, "tokenizer": stream.manifest.tokenizer}.items():
+        if state[key] != digest:
+            raise UserError(
+                f"run.directory={directory}: trained on another {key} ({state[key][:12]}, now {digest[:12]}); "
+                "give it its own again, or choose another run.directory"
+            )
+
+
+def _origin(config: Config, state: Mapping[str, Any], stream: TokenStream, changed: tuple[str, ...]) -> Origin:
+    """From where the substreams of this life are counted."""
+    origin = Origin(**state["origin"])
+    if not changed:
+        return origin
+    before = state["configuration"]["train"]
+    seed = before["seed"] if before["rotate"] else None
+    ring = Ring(stream.tokens, before["global_batch_size"], before["seq_len"], seed, origin)
+    now = ring.origin_at(state["step"])
+    if "train.global_batch_size" in changed and now.position:
+        epoch_ends = ring.steps_before(now.epoch + 1)
+        raise UserError(
+            f"run.allow_change=train.global_batch_size: step {state['step']} is within epoch {now.epoch}; "
+            f"train to its end first, with train.max_steps={epoch_ends}"
+        )
+    return now
+
+
+def mark(directory: Path, signal_name: str, step: int, saved_step: int) -> None:
+    """Say in the run that it was pre-empted and is to be started again."""
+    text = json.dumps({"signal": signal_name, "step": step, "saved_step": saved_step})
+    write_durably(directory / f"{MARKER}.partial", text.encode())
+    (directory / f"{MARKER}.partial").replace(directory / MARKER)
+
+
+def state_of(config: Config, stream: TokenStream, ring: Ring, device: torch.device) -> dict[str, Any]:
+    """What a checkpoint says of the run it belongs to."""
+    return {
+        "stream": stream.manifest.digest,
+        "tokenizer": stream.manifest.tokenizer,
+        "vocab_size": stream.manifest.vocab_size,
+        "origin": asdict(ring.origin),
+        "configuration": identity(config),
+        "versions": versions(device),
+    }
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What the bits of a result may depend on besides the configuration."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
+    return {"rnnlm": rnnlm.__version__, "torch": torch.__version__, "machine": platform.machine(), "device": name}
+
+
+def fingerprint(config: Config, stream: TokenStream) -> dict[str, str]:
+    """Digests of what must be the same in all processes of a run."""
+    sha256 = hashlib.sha256()
+    for source in sorted(Path(rnnlm.__file__).parent.glob("*.py")):
+        sha256.update(source.read_bytes())
+    sections = {name: part for name, part in asdict(config).items() if name in TRAINING_SECTIONS}
+    return {
+        "configuration": json_digest(sections),
+        "train stream": stream.manifest.digest,
+        "code": sha256.hexdigest(),
+        "torch": torch.__version__,
+    }
+
+
+def check_alike(prints: list[dict[str, str]]) -> None:
+    """Compare the fingerprints of all processes.
+
+    Raises:
+        UserError: naming the first process that differs, and in what.
+    """
+    for index, each in enumerate(prints):
+        if different := [key for key, value in each.items() if prints[0][key] != value]:
+            name = different[0]
+            raise UserError(
+                f"process {index} has another {' and another '.join(different)} than process 0 "
+                f"({each[name][:12]} and {prints[0][name][:12]}); start all with the same code, options and files"
+            )

@@ -1,0 +1,117 @@
+"""The same run on other numbers of processes, windows and substreams."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Door, assert_same_bits, final_state, records
+
+from rnnlm.lock import locked
+from rnnlm.processes import TreeSum
+from rnnlm.stream import TokenStream
+from rnnlm.substreams import Ring
+
+TRAIN = "launch/train.py"
+
+
+def test_a_tree_sum_has_one_order() -> None:
+    torch.manual_seed(0)
+    slices = [[torch.randn(3, 5), torch.randn(7)] for _ in range(8)]
+    tree = TreeSum()
+    for each in slices:
+        tree.add(each)
+    total = [torch.empty(3, 5), torch.empty(7)]
+    tree.finish(total)
+    for place in range(2):
+        a, b, c, d, e, f, g, h = (each[place] for each in slices)
+        assert torch.equal(total[place], ((a + b) + (c + d)) + ((e + f) + (g + h)))
+
+
+@pytest.mark.parametrize(
+    "moves",
+    [(1, 2, 1), pytest.param((1, 2, 4, 1), marks=pytest.mark.slow)],
+    ids=lambda moves: "-".join(map(str, moves)),
+)
+def test_fault_19_with_exact_slices_a_run_that_moves_has_the_bits_of_one_that_stays(
+    run_door: Door, experiment: Path, tmp_path: Path, moves: tuple[int, ...]
+) -> None:
+    options = (f"--config={experiment}", "--train.exact_slices=4", "--optim.horizon_steps=20")
+    stays, ends = tmp_path / "stays", [20 * (index + 1) // len(moves) for index in range(len(moves))]
+    for run, lives in ((stays, (1,) * len(moves)), (tmp_path / "run", moves)):
+        for processes, end in zip(lives, ends, strict=True):
+            launched = 0 if processes == 1 else processes
+            done = run_door(TRAIN, *options, f"--train.max_steps={end}", f"--run.directory={run}", processes=launched)
+            assert done.returncode == 0, done.stderr
+        assert [start["processes"] for start in records(run, "start")] == list(lives)
+    assert_same_bits(tmp_path / "run", stays)
+
+
+@pytest.mark.slow
+def test_fault_19_without_slices_losses_stay_within_rounding(run_door: Door, experiment: Path, tmp_path: Path) -> None:
+    options = (f"--config={experiment}", "--train.epochs=9", "--run.log_every_steps=1", "--optim.clip_norm=0.25")
+    stays, run = tmp_path / "stays", tmp_path / "run"
+    assert run_door(TRAIN, *options, "--train.max_steps=100", f"--run.directory={stays}").returncode == 0
+    for processes, end in ((0, 25), (2, 50), (4, 75), (0, 100)):
+        done = run_door(TRAIN, *options, f"--train.max_steps={end}", "--optim.horizon_steps=100", processes=processes)
+        if end == 25 and done.returncode:
+            raise AssertionError(done.stderr)
+    worst = max(
+        abs(mine["loss"] / theirs["loss"] - 1)
+        for mine, theirs in zip(records(run, "train"), records(stays, "train"), strict=True)
+    )
+    print(f"largest relative difference of 100 losses: {worst:.1e}")
+    assert worst < 1e-5
+
+
+def test_fault_19_processes_that_do_not_fit_are_refused(run_door: Door, experiment: Path) -> None:
+    done = run_door(TRAIN, f"--config={experiment}", "--train.global_batch_size=15", processes=2)
+    assert done.returncode == 1 and "is not divisible by 2 processes" in done.stderr and "use 14 or 16" in done.stderr
+    done = run_door(TRAIN, f"--config={experiment}", "--train.exact_slices=1", processes=2)
+    assert "train.exact_slices=1 is not divisible by 2 processes; launch 1" in done.stderr
+
+
+def test_windows_and_substreams_change_only_when_asked_and_every_token_is_used_once(
+    run_door: Door, experiment: Path, tmp_path: Path, streams: Path
+) -> None:
+    run, tokens = tmp_path / "run", len(TokenStream(streams / "train"))
+    options = (f"--config={experiment}", "--run.log_every_steps=1", "--train.epochs=3")
+    first = run_door(TRAIN, *options, "--train.max_steps=7")
+    assert first.returncode == 0, first.stderr
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refused = run_door(TRAIN, *options, "--train.max_steps=12", "--train.seq_len=20")
+    assert refused.returncode == 2
+    assert "train.seq_len is 48 there, 20 now" in refused.stderr and "run.allow_change" in refused.stderr
+    asked = (*options, "--train.seq_len=20", "--run.allow_change=[train.seq_len]")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    changed = run_door(TRAIN, *asked, "--train.max_steps=12")
+    assert changed.returncode == 0, changed.stderr
+    assert final_state(run, 12)[1]["origin"] == {"step": 7, "epoch": 0, "position": 7 * 48}
+    assert records(run, "train")[-1]["tokens"] == 16 * (7 * 48 + 5 * 20)
+
+    wider = ("--train.global_batch_size=32", "--run.allow_change=train.global_batch_size")
+    early = run_door(TRAIN, *options, "--train.seq_len=20", *wider)
+    assert early.returncode == 2 and "is within epoch 0" in early.stderr
+    end = int(early.stderr.rpartition("train.max_steps=")[2])
+    ring = Ring(tokens, 16, 20)
+    assert end == 12 + -(-(ring.longest - 7 * 48 - 5 * 20) // 20)
+    assert run_door(TRAIN, *options, "--train.seq_len=20", f"--train.max_steps={end}").returncode == 0
+    assert records(run, "train")[-1]["tokens"] == tokens, "every token of the epoch once"
+    done = run_door(TRAIN, *options, "--train.seq_len=20", *wider, "--train.epochs=2", "--train.max_steps=0")
+    assert done.returncode == 0, done.stderr
+    assert records(run, "train")[-1]["tokens"] == 2 * tokens
+    assert final_state(run, records(run, "train")[-1]["step"])[0]["hidden.layer0.h"].shape == (32, 16)
+
+
+def test_fault_29_two_runs_in_one_directory_are_refused_and_the_holder_is_named(
+    run_door: Door, experiment: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with locked(run, run / "holder", "run"):
+        done = run_door(TRAIN, f"--config={experiment}")
+        assert done.returncode == 2
+        assert f"another run is working there ({socket.gethostname()}, process {os.getpid()}, " in done.stderr
+    assert list(run.iterdir()) == []
