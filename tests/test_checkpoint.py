@@ -386,7 +386,8 @@ def test_fault_30_the_types_in_trainer_json(tmp_path: Path) -> None:
         "interval": ([1, 2], [1, 2, "3"], {}, 10**30),
         "memory": ({}, None, {**STATE["memory"], "x": 1}, {**STATE["memory"], "best_step": None}), "tokenizer": (None,),
         "scaler": ([], {"a": []}), "stream": (1,), "vocab_size": (10**30,), "processes": ([],), "versions": ({"a": 1},),
-        "origin": ({}, {"step": -1, "epoch": 0, "position": 0}), "health": ({}, {"counts": [], "resets": 0, "losses": []}),
+        "origin": ({}, {"step": -1, "epoch": 0, "position": 0}),
+        "health": ({}, {"counts": [], "resets": 0, "losses": []}),
         "configuration": ([], {"model": 1}),
     }  # fmt: skip
     assert {*wrong} == {*STATE}
