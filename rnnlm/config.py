@@ -61,7 +61,7 @@ class CorpusConfig:
     on_bad_record: Literal["fail", "skip", "replace"] = "fail"
     """Invalid UTF-8, JSON, compression, a missing field, an oversized document: stop and name file and byte; or skip,
     count and list in rejected.jsonl; replace: mend invalid UTF-8 with U+FFFD, list that too, skip the rest."""
-    max_document_bytes: int = 16 * 2**20
+    max_document_bytes: int = 8 * 2**20
     """Longest record of JSON and document of parquet, which are held in memory; longer ones are bad."""
     max_whole_bytes: int = 2**20
     """Longest text that only SentencePiece can encode, in 60 times its memory: a document if the tokenizer is not a

@@ -7,6 +7,7 @@ which takes a second.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -14,9 +15,13 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import suppress
 from typing import Any
 
 from rnnlm.config import UserError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3); set, they no longer grow by themselves
+LARGE_BYTES = 2**22
 
 
 class Inline(Executor):
@@ -104,6 +109,7 @@ class Workers:
 def _start_worker() -> None:
     """A worker leaves Ctrl-C to its parent, which lets it finish its unit, and does not outlive it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return_memory()
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -114,8 +120,16 @@ def _start_worker() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def return_memory() -> None:
+    """Have glibc give large blocks back when they are freed: else it keeps more of them the larger they were."""
+    with suppress(OSError, AttributeError):  # another C library
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            ctypes.CDLL(None).mallopt(option, LARGE_BYTES)
+
+
 def pool(workers: int) -> Workers:
     """Processes of this machine; one is this process itself."""
+    return_memory()
     if workers <= 1:
         return Workers(Inline, 1)
     context = multiprocessing.get_context("spawn")  # nothing of the parent's threads is copied
