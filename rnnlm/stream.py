@@ -166,7 +166,7 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     """A version 1.0 `.npy` header of exactly HEADER_BYTES bytes."""
     text = repr({"descr": dtype, "fortran_order": False, "shape": shape}).encode("latin1")
     text = text.ljust(HEADER_BYTES - 11) + b"\n"
@@ -197,7 +197,7 @@ def write_array(path: Path, parts: Iterable[npt.NDArray[Any]], dtype: str, colum
             sha256.update(data)
             rows += len(part)
         file.seek(0)
-        file.write(_npy_header(dtype, (rows, *columns)))
+        file.write(npy_header(dtype, (rows, *columns)))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -299,7 +299,7 @@ class TokenStream:
         path, offset = self.directory / name, _header_bytes(name)
         try:
             with path.open("rb") as file:
-                if offset and file.read(offset) != _npy_header(dtype, shape):
+                if offset and file.read(offset) != npy_header(dtype, shape):
                     raise StreamError(f"{path}: its header is not that of {dtype} {shape}; copy it again")
         except FileNotFoundError as error:
             raise StreamError(f"{path}: was removed since the stream was opened; put it back, and resume") from error

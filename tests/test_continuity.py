@@ -53,6 +53,7 @@ def rows(ring: Ring, step: int, process: int) -> list[int]:
     return ring.place(step, 8 * process, 8 * process + 8)[0].tolist()
 
 
+@pytest.mark.slow
 def test_a_plain_loader_of_the_same_samples_is_right(run_door: Door, experiment: Path, tmp_path: Path) -> None:
     """The control: what the faults are built into trains to the same bits as the trainer's own loader."""
     for script, name in (((TRAIN,), "own"), ((FAULTY, "honest"), "plain")):
@@ -66,7 +67,9 @@ def test_a_plain_loader_of_the_same_samples_is_right(run_door: Door, experiment:
         assert own.keys() == plain.keys() and all(torch.equal(own[key], plain[key]) for key in own)
 
 
-@pytest.mark.parametrize("fault", ["dispatch", "shard", "reorder"])
+@pytest.mark.parametrize(
+    "fault", ["dispatch", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("shard", "reorder"))]
+)
 def test_a_loader_that_deals_windows_is_caught_at_the_first_batch(
     run_door: Door, experiment: Path, tmp_path: Path, ring: Ring, fault: str
 ) -> None:
@@ -79,6 +82,7 @@ def test_a_loader_that_deals_windows_is_caught_at_the_first_batch(
     assert records(tmp_path / "run", "train") == []
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_split_over_the_processes_is_caught(run_door: Door, experiment: Path, tmp_path: Path) -> None:
     """Each process gets half of process 0's rows; the shapes alone tell."""
     done = run_door(FAULTY, "split", f"--config={experiment}", processes=2)
@@ -88,6 +92,7 @@ def test_a_batch_that_is_split_over_the_processes_is_caught(run_door: Door, expe
     assert records(tmp_path / "run", "train") == []
 
 
+@pytest.mark.slow
 def test_skipping_again_after_a_resume_is_caught(run_door: Door, experiment: Path, tmp_path: Path, ring: Ring) -> None:
     """Ten steps that are done are skipped twice: step 10 would read what step 20, five into epoch 1, reads."""
     first = run_door(FAULTY, "skip", f"--config={experiment}", "--train.max_steps=10", processes=2)
@@ -111,6 +116,7 @@ def resumed_on_two(run_door: Door, experiment: Path, fault: str) -> tuple[int, s
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 def test_rows_that_move_with_the_number_of_processes_are_caught(
     run_door: Door, experiment: Path, tmp_path: Path, ring: Ring
 ) -> None:

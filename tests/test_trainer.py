@@ -39,7 +39,9 @@ def uninterrupted(whole: dict[int, Path], run_door: Door, experiment: Path, proc
     return whole[processes]
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize(
+    "processes", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_fault_01_killed_after_step_10_of_20_goes_on_bit_for_bit(
     whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path, streams: Path, processes: int
 ) -> None:
@@ -176,7 +178,14 @@ def test_a_damaged_checkpoint_costs_one_interval(
     assert_same_bits(run, expected)
 
 
-@pytest.mark.parametrize("option", ["--optim.schedule=plateau", "--model.cell=gru", "--train.precision=bf16"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--optim.schedule=plateau",
+        pytest.param("--model.cell=gru", marks=pytest.mark.slow),
+        pytest.param("--train.precision=bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_plateau_early_stopping_cells_and_bf16_resume_to_the_bit(
     run_door: Door, experiment: Path, tmp_path: Path, option: str
 ) -> None:

@@ -1,16 +1,21 @@
 """Measure what a restart and a checkpoint cost: a first batch far inside a huge stream, the partition, and a save.
 
     python tools/benchmark_resume.py
+    python tools/benchmark_resume.py hidden --run runs/mine
     python tools/benchmark_resume.py --tokens 1e11 --step 1000 --ranks 64 --parameters-mb 1600 --directory /scratch
 
 The stream is made of holes, so 10^12 tokens (2 TB) take no room where the file system knows sparse files; what is
 measured is opening, arithmetic and mapping, not a disk. A save is measured in its two parts: the copy of the tensors
-during which training must stand still in any case, and the write, which `checkpoint.save` does while training waits.
-Figures are medians of --rounds. Prints tables for the README.
+to host memory, for which training stands still, and what a thread does beside it. With --run, the cost of losing the
+hidden state: the run goes on from its newest checkpoint with it and without. Figures are medians of --rounds. Prints
+tables for the README.
 """
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,8 +26,11 @@ import torch
 
 from rnnlm import checkpoint
 from rnnlm.config import UserError, run_door
-from rnnlm.stream import HEADER_BYTES, Manifest, TokenStream, _npy_header, commit, write_array
+from rnnlm.saving import Saver
+from rnnlm.stream import HEADER_BYTES, Manifest, TokenStream, commit, npy_header, write_array
 from rnnlm.substreams import Ring, SubstreamDataset, loader
+
+TRAIN = Path(__file__).resolve().parent.parent / "launch/train.py"
 
 
 def sparse_stream(directory: Path, tokens: int, shard_tokens: int) -> Path:
@@ -37,7 +45,7 @@ def sparse_stream(directory: Path, tokens: int, shard_tokens: int) -> Path:
     for start in range(0, tokens, shard_tokens):
         name, size = f"shard-{len(shards):05d}.npy", min(shard_tokens, tokens - start)
         with (partial / name).open("wb") as file:
-            file.write(_npy_header("<u2", (size,)))
+            file.write(npy_header("<u2", (size,)))
             file.truncate(HEADER_BYTES + 2 * size)
         shards.append({"name": name, "tokens": size, "sha256": ""})
     _, documents_sha256 = write_array(partial / "documents.npy", [], "<i8", (3,))
@@ -100,34 +108,71 @@ def partition(options: argparse.Namespace) -> None:
 
 
 def save(options: argparse.Namespace) -> None:
-    """How long a save blocks training, in parts: the copy of all tensors on the host, and `checkpoint.save`."""
+    """How long a save blocks training, which is the copy to host memory, and how long its thread then works."""
     each = options.parameters_mb * 10**6 // 4 // 8
     model = {f"weight{number}": torch.randn(each) for number in range(8)}
     optimizer = {f"{name}.{moment}": torch.randn(each) for name in model for moment in ("exp_avg", "exp_avg_sq")}
     parts = {"model": model, "optimizer": optimizer, "hidden": {"layer0.h": torch.randn(options.substreams, 1024)}}
-    size = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values()) / 1e6
-    host, _ = timed(
-        lambda: {part: {n: t.clone() for n, t in tensors.items()} for part, tensors in parts.items()}, options.rounds
-    )
+    found = []
     with tempfile.TemporaryDirectory(dir=options.directory) as root:
-        write, _ = timed(lambda: checkpoint.save(Path(root), "step-00000001", parts, {}), options.rounds)
+        saver = Saver(Path(root))
+        for step in range(options.rounds):
+            saver.submit(f"step-{step:08d}", parts, {}, keep_last=2)
+            found += saver.wait()
+    assert all(saved.path and not saved.error for saved in found), found
+    blocked, seconds = (statistics.median(getattr(s, name) for s in found) for name in ("blocked_seconds", "seconds"))
+    size = found[0].bytes / 1e6
     print(f"\nsave of {size:,.0f} MB (parameters {options.parameters_mb:,} MB, two moments of each, hidden states)")
-    print(f"\n| | s | MB/s |\n|---|---|---|\n| copy on the host | {host:.2f} | {size / host:,.0f} |")
-    print(f"| checkpoint.save: spell, digest, write, sync | {write:.2f} | {size / write:,.0f} |")
+    print(f"\n| | s | MB/s |\n|---|---|---|\n| training stands still | {blocked:.2f} | {size / blocked:,.0f} |")
+    print(f"| beside it: digest, write, sync, read back, delete the oldest | {seconds:.2f} | {size / seconds:,.0f} |")
+
+
+def hidden(options: argparse.Namespace) -> None:
+    """What resuming without the hidden state costs: a run goes on from its newest checkpoint twice."""
+    found, _ = checkpoint.newest(Path(options.run) / "checkpoints", "step")
+    if found is None:
+        raise UserError(f"--run={options.run}: no checkpoint there")
+    losses = []
+    with tempfile.TemporaryDirectory(dir=options.directory) as parent:
+        for kept in (True, False):
+            run = Path(parent) / f"hidden-{kept}"
+            (run / "checkpoints").mkdir(parents=True)
+            parts = {part: found.tensors(part) for part in ("model", "optimizer", "hidden")}
+            if not kept:
+                parts["hidden"] = {n: t if n == "ended" else torch.zeros_like(t) for n, t in parts["hidden"].items()}
+            checkpoint.save(run / "checkpoints", found.path.name, parts, found.state)
+            steps = found.state["step"] + options.steps
+            command = [sys.executable, str(TRAIN), "--config", f"{options.run}/config.yaml", f"--run.directory={run}"]
+            command += [f"--train.max_steps={steps}", "--run.log_every_steps=1", f"--run.save_every_steps={steps}"]
+            subprocess.run([*command, f"--eval.every_steps={steps}"], check=True, capture_output=True)
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            losses.append([line["loss"] for line in lines if line["kind"] == "train"])
+    print(f"\nresumed at step {found.state['step']:,}: mean loss in nats a token of the steps after it\n")
+    print("| steps | with its hidden state | without | difference |\n|---|---|---|---|")
+    for count in (1, 2, 5, 20, options.steps):
+        mine, theirs = (statistics.mean(each[:count]) for each in losses)
+        print(f"| {count} | {mine:.4f} | {theirs:.4f} | {theirs - mine:+.4f} |")
 
 
 def main() -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=[], help="of first_batch, partition, save; default: all")
+    parser.add_argument("parts", nargs="*", default=[], help="of first_batch, partition, save, hidden; default: all")
     for name, number in (("tokens", 10**12), ("step", 10**6), ("ranks", 1024), ("shards", 1000), ("seq-len", 64)):
         parser.add_argument(f"--{name}", type=lambda text: int(float(text)), default=number, help=f"{number:,}")
     parser.add_argument("--substreams", type=int, default=2**14, help="of all ranks together")
     parser.add_argument("--parameters-mb", type=int, default=400)
+    parser.add_argument("--run", help="a run to go on with, with and without its hidden states")
+    parser.add_argument("--steps", type=int, default=100, help="that it goes on")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", help="where files are written and removed again; default: the system's")
     options = parser.parse_args()
-    every = {"first_batch": first_batch, "partition": partition, "save": save}
+    every = {
+        "first_batch": first_batch,
+        "partition": partition,
+        "save": save,
+        **({"hidden": hidden} if options.run else {}),
+    }
     if unknown := set(options.parts) - every.keys():
         raise UserError(f"no part is called {', '.join(sorted(unknown))}; give some of {', '.join(every)}")
     for name in options.parts or every:
