@@ -31,8 +31,8 @@ class Run:
         ]  # fmt: skip
         line = command(FAULTY, *arguments, processes=int(processes or 0))
         if name == "torchrun":
-            line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes]
-            line += ["--master_port", "0", str(ROOT / FAULTY), *arguments]
+            line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+            line += [str(ROOT / FAULTY), *arguments]
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
                 line, stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True,
