@@ -9,14 +9,16 @@ mistake in what was asked. A launcher makes 1 of 75; the marker tells.
 """
 
 from rnnlm.config import TRAINING_SECTIONS, read_config, run_door
+from rnnlm.interrupts import Interrupts
 
 
 def main() -> int:
     """Read the configuration, then train; the exit code."""
     config = read_config(TRAINING_SECTIONS, __doc__)
-    from rnnlm.trainer import Trainer  # after --help: torch takes a second to import
+    with Interrupts() as interrupts:
+        from rnnlm.trainer import Trainer  # after --help: torch takes a second to import
 
-    return Trainer(config).fit()
+        return Trainer(config, interrupts).fit()
 
 
 if __name__ == "__main__":

@@ -225,10 +225,10 @@ class Assembly:
 
 def _runs(files: Sequence[Any], sizes: Sequence[int], size: int) -> list[Run]:
     """Cut what files hold, one behind the other, into runs of this size."""
-    ends = np.cumsum(sizes)
+    ends, total = np.cumsum(sizes), sum(sizes)
     runs = []
-    for index, first in enumerate(range(0, int(ends[-1]), size)):
-        last = min(first + size, int(ends[-1]))
+    for index, first in enumerate(range(0, total, size)):
+        last = min(first + size, total)
         begin, end = int(np.searchsorted(ends, first, side="right")), int(np.searchsorted(ends, last)) + 1
         before = int(ends[begin - 1]) if begin else 0
         runs.append(Run(index, files[begin:end], first - before, last - before, before))

@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rnnlm.assemble import Assembly, Setting
+from rnnlm.assemble import RUN_DOCUMENTS, RUN_HASHES, RUN_TOKENS, Assembly, Setting
 from rnnlm.config import Config, UserError, as_list
 from rnnlm.corpus import Job, Rejected, Source, jobs, read, sources
 from rnnlm.encoder import Encoder
@@ -82,6 +82,7 @@ class Build:
         """Where this build is done: its name says all that its files depend on, so that none is another build's."""
         stamps = [[file.path, file.stamp] for files in self.inputs.values() for file in files]
         other = {"on_bad_record": on_bad_record, "unit_bytes": self.config.corpus.unit_bytes, "stamps": stamps}
+        other["runs"] = [RUN_HASHES, RUN_TOKENS, RUN_DOCUMENTS]  # spill files of other sizes are of no use
         return Path(self.config.stream.directory) / "build.partial" / json_digest({**self.source(), **other})[:16]
 
     def source(self) -> dict[str, Any]:

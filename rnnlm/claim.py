@@ -25,6 +25,7 @@ from rnnlm.config import TRAINING_SECTIONS, Config, UserError, as_list, differin
 from rnnlm.stream import TokenStream, json_digest, write_durably
 from rnnlm.substreams import Origin, Ring
 from rnnlm.tokenizer import Tokenizer
+from rnnlm.untrusted import check_state
 
 MARKER = "preempted.json"  # in the run, while it waits to be started again
 
@@ -48,6 +49,8 @@ def claim(config: Config, stream: TokenStream, tokenizer: Tokenizer | None) -> C
     directory = Path(config.run.directory)
     record, root = directory / "config.yaml", directory / "checkpoints"
     found, damaged = checkpoint.newest(root, "step")
+    if found:
+        check_state(found.state, found.path)
     recorded = found.state["configuration"] if found else load_yaml(record) if record.exists() else {}
     fields = differing(config, recorded)
     changed = tuple(name for name in as_list(config.run.allow_change) if any(f.startswith(f"{name} ") for f in fields))
@@ -126,7 +129,7 @@ def versions(device: torch.device) -> dict[str, str]:
     return {"rnnlm": rnnlm.__version__, "torch": torch.__version__, "machine": platform.machine(), "device": name}
 
 
-def fingerprint(config: Config, stream: TokenStream) -> dict[str, str]:
+def fingerprint(config: Config, train: TokenStream, valid: TokenStream | None) -> dict[str, str]:
     """Digests of what must be the same in all processes of a run."""
     sha256 = hashlib.sha256()
     for source in sorted(Path(rnnlm.__file__).parent.glob("*.py")):
@@ -134,7 +137,8 @@ def fingerprint(config: Config, stream: TokenStream) -> dict[str, str]:
     sections = {name: part for name, part in asdict(config).items() if name in TRAINING_SECTIONS}
     return {
         "configuration": json_digest(sections),
-        "train stream": stream.manifest.digest,
+        "train stream": train.manifest.digest,
+        "valid stream": valid.manifest.digest if valid else "none",
         "code": sha256.hexdigest(),
         "torch": torch.__version__,
     }

@@ -30,6 +30,7 @@ class UserError(ValueError):
     """A mistake in what the user gave; doors print its one line and exit with code 2."""
 
     code = 2
+    is_alone = False  # whether one process may have it without the others, so that each must tell
 
 
 class RunError(UserError):
@@ -220,7 +221,7 @@ class TrainConfig:
     deterministic: bool = changeable(False)
     """Only GPU kernels that give the same bits every time; slower."""
     prefetch_workers: int = changeable(1)
-    """Loader processes that read ahead; 0: read in the training process. Never changes the order."""
+    """Threads that read ahead; 0: read when a batch is wanted. Never changes the order."""
     skip_spikes_sigmas: float = 0.0
     """Skip updates whose loss is this many standard deviations above the mean of the last 128 (PaLM skipped by hand,
     Chowdhery et al. 2022, section 5.1; OLMo-core by this rule); 0: never. Not finite ones are always skipped."""
@@ -287,7 +288,8 @@ class RunConfig:
     timeout_minutes: float = changeable(10.0)
     """A process that has done nothing for so long prints its stacks and ends the run; 0: never."""
     allow_change: list[str] | str = changeable("")
-    """train.seq_len (at any step) or train.global_batch_size (between epochs), to change it when the run goes on."""
+    """train.seq_len (at any step) or train.global_batch_size (between epochs), to change it when the run goes on.
+    A cosine's horizon stays the step it was."""
     checkpoint: Literal["best", "last"] = changeable("best")
     """Which one eval.py and generate.py read."""
     wandb: Literal["off", "online", "offline"] = changeable("off")
@@ -569,10 +571,10 @@ def run_door(main: Callable[[], int | None]) -> None:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if isinstance(error, OSError) and not error.filename and not full:
             raise  # not a path that the user gave: a fault of ours, with its traceback
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line per machine, not one per process
+        if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "is_alone", False):  # one line per machine
             way_out = "; make room on the disk and type the same command again" if full else ""
             print(f"error: {error}{way_out}", file=sys.stderr)
-        code = getattr(error, "code", 2)
+        code = 1 if full else getattr(error, "code", 2)
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("\ninterrupted; type the same command again to go on", file=sys.stderr)

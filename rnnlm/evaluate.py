@@ -77,13 +77,18 @@ def evaluate(
         count_eos: whether ends of documents are scored and counted.
         process, processes: this process takes blocks process, process + processes, ...
         gather: adds up a (batch_size,) fp64 tensor over the processes; in each all rows but its own are zero.
-        beat: called after every batch.
+        beat: called after every batch, and as often by processes that have none left.
     """
     rows = min(batch_size, len(stream))
     ring = Ring(len(stream), rows, WINDOW)
     device = model.embedding.weight.device
     sums = torch.zeros(rows, dtype=torch.float64, device=device)
-    for first in range(process * BLOCK_ROWS, rows, processes * BLOCK_ROWS):
+    for turn in range(0, rows, processes * BLOCK_ROWS):
+        first = turn + process * BLOCK_ROWS
+        if first >= rows:
+            for _ in range(ring.windows_per_epoch):
+                beat()
+            continue
         last = min(first + BLOCK_ROWS, rows)
         hidden = model.zero_hidden(last - first)
         for batch in SubstreamDataset(stream, ring, first, last, 0, ring.windows_per_epoch):

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -23,27 +23,41 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Interrupts:
-    """A context in which SIGTERM, SIGINT and SIGUSR1 are wishes. `name`: the first that came, empty before."""
+    """A context in which SIGTERM, SIGINT and SIGUSR1 are wishes. `name`: the first that came, empty before.
+
+    A thread hears them, since Python's own handlers wait while the main thread is in a collective, perhaps for ever.
+    """
 
     def __init__(self) -> None:
         self.name = ""
-        self._came = 0.0
         self._before: dict[int, Any] = {}
+        self._pipe = (-1, -1)
 
     def __enter__(self) -> Interrupts:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        threading.Thread(target=self._listen, daemon=True).start()
+        self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, lambda number, frame: None) for number in SIGNALS}
         die_with_launcher()
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._pipe[1])  # ends the thread
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.name:
-            self.name, self._came = signal.Signals(number).name, time.monotonic()
-        elif time.monotonic() - self._came >= ECHO_SECONDS:
-            os._exit(128 + number)  # as the shell spells it
+    def _listen(self) -> None:
+        came = 0.0
+        while heard := os.read(self._pipe[0], 1):
+            if heard[0] not in SIGNALS:
+                continue
+            if not self.name:
+                self.name, came = signal.Signals(heard[0]).name, time.monotonic()
+            elif time.monotonic() - came >= ECHO_SECONDS:
+                os._exit(128 + heard[0])  # as the shell spells it
+        os.close(self._pipe[0])
 
 
 def die_with_launcher() -> None:
@@ -51,9 +65,15 @@ def die_with_launcher() -> None:
 
     A run that the user started himself outlives its terminal, as he may want (nohup).
     """
-    launched = "LOCAL_RANK" in os.environ or any(name.startswith("ACCELERATE_") for name in os.environ)
-    if launched and sys.platform == "linux":
+    parent = os.getppid()
+    try:
+        launcher = Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:  # not Linux
+        return
+    if b"accelerate" in launcher or b"torch" in launcher:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # it died meanwhile
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Watchdog:
@@ -62,7 +82,11 @@ class Watchdog:
     def __init__(self, timeout_seconds: float):
         self.timeout_seconds = timeout_seconds
         self._heard, self._closed = time.monotonic(), threading.Event()
-        if timeout_seconds:
+
+    def start(self) -> None:
+        """Watch from now on."""
+        self.beat()
+        if self.timeout_seconds:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def beat(self) -> None:
@@ -78,11 +102,13 @@ class Watchdog:
             silent = time.monotonic() - self._heard
             if silent > self.timeout_seconds:
                 rank = os.environ.get("RANK", "0")
-                print(
-                    f"error: rank {rank} has done nothing for {silent:.0f} seconds (run.timeout_minutes): it hangs, or "
-                    "waits for a rank that does; its stacks:",
-                    file=sys.stderr,
-                )
-                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-                sys.stderr.flush()
-                os._exit(1)
+                try:
+                    print(
+                        f"error: rank {rank} has done nothing for {silent:.0f} seconds (run.timeout_minutes): it "
+                        "hangs, or waits for a rank that does; its stacks:",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                finally:
+                    os._exit(1)  # also where nobody reads what is printed

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rnnlm.config import UserError
+from rnnlm.config import RunError
 
 
 @contextmanager
@@ -29,13 +29,12 @@ def locked(directory: Path, note: Path, what: str, shared: bool = False, patienc
         patience_seconds: how long to wait for it: who was killed a moment ago may not be gone yet.
 
     Raises:
-        UserError: someone else holds it, with what its note says.
+        RunError: someone else holds it, with what its note says.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    held = [os.open(directory, os.O_RDONLY)]
-    os.register_at_fork(after_in_child=lambda: os.closerange(held[0], held[0] + 1) if held else None)  # or they hold it
+    handle = os.open(directory, os.O_RDONLY)
     try:
-        _take(directory, held[0], note, what, shared, time.monotonic() + patience_seconds)
+        _take(directory, handle, note, what, shared, time.monotonic() + patience_seconds)
         note.parent.mkdir(parents=True, exist_ok=True)
         if not shared:
             note.write_text(f"{socket.gethostname()}, process {os.getpid()}, {time.ctime()}")
@@ -44,7 +43,7 @@ def locked(directory: Path, note: Path, what: str, shared: bool = False, patienc
         finally:
             note.unlink(missing_ok=True)
     finally:
-        os.close(held.pop())
+        os.close(handle)
 
 
 def _take(directory: Path, handle: int, note: Path, what: str, shared: bool, until: float) -> None:
@@ -54,7 +53,7 @@ def _take(directory: Path, handle: int, note: Path, what: str, shared: bool, unt
         except BlockingIOError as error:
             if time.monotonic() > until:
                 found = note.read_text() if note.is_file() else "it shares the directory with others"
-                raise UserError(f"{directory}: another {what} is working there ({found}); wait for it") from error
+                raise RunError(f"{directory}: another {what} is working there ({found}); wait for it") from error
         except OSError:  # a file system without locks
             return None
         time.sleep(0.1)

@@ -15,7 +15,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,8 @@ class Metrics:
 
     def say(self, text: str) -> None:
         """A line for the person at the console."""
-        tqdm.write(text, file=sys.stderr) if self._bar else print(text, file=sys.stderr, flush=True)
+        with suppress(BrokenPipeError):  # nobody reads it any more
+            tqdm.write(text, file=sys.stderr) if self._bar else print(text, file=sys.stderr, flush=True)
 
     def _show(self, kind: str, record: Mapping[str, Any]) -> None:
         if kind == "train":

@@ -25,7 +25,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+        sgd = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+        if config.momentum:  # else a first step that is skipped would leave it as it found its memory
+            for parameter in parameters:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+        return sgd
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
@@ -38,6 +42,18 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)  # SGD without momentum keeps None
     }
+
+
+def expected_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Names, shapes and dtypes (as `meta` tensors) of what `optimizer_tensors` gives after a step."""
+    moments = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+    keys = ("exp_avg", "exp_avg_sq") if moments else ("momentum_buffer",) * bool(optimizer.defaults["momentum"])
+    expected: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        expected |= {f"{name}.{key}": torch.empty_like(parameter, device="meta") for key in keys}
+        if moments:
+            expected[f"{name}.step"] = torch.empty((), dtype=torch.float32, device="meta")
+    return expected
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from rnnlm.config import Config, UserError
 
-__all__ = ["Accelerator", "TreeSum", "Wishes", "end", "everyones", "from_main", "start_accelerator"]
+__all__ = ["Accelerator", "Meeting", "TreeSum", "Wishes", "end", "everyones", "from_main", "start_accelerator"]
 
 T = TypeVar("T")
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
@@ -107,6 +107,22 @@ class Wishes:
             return [False] * len(wishes)
         before[1].synchronize()
         return [bool(wish) for wish in before[0].tolist()]
+
+
+class Meeting:
+    """Called equally often by all processes, some of which may have nothing to do: they meet now and then, so that
+    none waits for long, and each tells its watchdog so."""
+
+    def __init__(self, accelerator: Accelerator, beat: Callable[[], None], every: int = 64):
+        self._accelerator, self._beat, self._every = accelerator, beat, every
+        self._calls = 0
+
+    def __call__(self) -> None:
+        """Go on; every 64th time, meet."""
+        self._calls += 1
+        if self._calls % self._every == 0:
+            self._accelerator.reduce(torch.zeros(1, device=self._accelerator.device), "sum")
+        self._beat()
 
 
 def everyones(value: Any) -> list[Any]:

@@ -88,7 +88,8 @@ class Saver:
         finished = self.wait()
         copies = host_copy(parts)
         blocked = time.perf_counter() - begin
-        kept = [(name, keep_last, keep_every_steps), *((other, 1, 0) for other in also)]
+        # what a run goes on from comes last: after a kill before it, the others are made again
+        kept = [*((other, 1, 0) for other in also), (name, keep_last, keep_every_steps)]
         self._thread = threading.Thread(target=self._run, args=(kept, copies, state, blocked), daemon=False)
         self._thread.start()
         return finished

@@ -12,6 +12,7 @@ once more, and a range opens every spill file: runs times runs slices, 55 millio
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -156,7 +157,8 @@ def _write_documents(path: Path, documents: Array, paths: Sequence[Path], spill:
             begin, size = int(documents[number, BEGIN]), int(documents[number, TOKENS])
             for done in range(0, size, COPY_TOKENS):  # a call writes two gigabytes at most
                 block = tokens[begin + done : begin + min(done + COPY_TOKENS, size)]
-                os.pwrite(file.fileno(), block.data, (int(begins[number]) + done) * tokens.itemsize)
+                if os.pwrite(file.fileno(), block.data, (int(begins[number]) + done) * tokens.itemsize) < block.nbytes:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         documents[:, BEGIN] = begins
         if not spill:
             documents[:, TO_VALID] = 0

@@ -18,20 +18,23 @@ seq_len or S the arithmetic starts anew from an `Origin`.
 from __future__ import annotations
 
 import hashlib
-import signal
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from rnnlm.config import Config, UserError
 from rnnlm.stream import TokenStream
 
 Positions = npt.NDArray[np.int64]
+READ_AHEAD = 4  # batches of each thread
 
 
 @dataclass(frozen=True)
@@ -162,8 +165,8 @@ class Batch:
 class SubstreamDataset(IterableDataset[Batch]):
     """Rows first..last-1 of every step from `first_step` on, up to `last_step`.
 
-    A loader's workers take turns (worker w of n has the steps first_step + w, + n, ...) and the loader collects them
-    in turn, so the order is that of the steps for any number of workers.
+    The workers of a DataLoader of your own take turns (worker w of n has the steps first_step + w, + n, ...) and it
+    collects them in turn, so the order is that of the steps for any number of workers.
     """
 
     def __init__(self, stream: TokenStream, ring: Ring, first: int, last: int, first_step: int, last_step: int):
@@ -183,25 +186,27 @@ class SubstreamDataset(IterableDataset[Batch]):
         return map(self.batch, range(self.first_step + turn, self.last_step, workers))
 
 
-def loader(dataset: SubstreamDataset, workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    """Batches in the order of the steps, read ahead by `workers` processes; 0: read when asked for.
+def loader(dataset: SubstreamDataset, threads: int, pin_memory: bool) -> Iterator[Batch]:
+    """Batches in the order of the steps, each read ahead by one of `threads`; 0: read when asked for.
 
-    Never hand it to Accelerate's `prepare`, which would deal its batches to the ranks a second time.
+    Threads, not processes: numpy and the kernel read without Python's lock, and forking beside a process group's
+    threads can hang the child for ever (CPython 3.11). Never hand batches to Accelerate's `prepare`, which would deal
+    them to the ranks a second time.
     """
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_ignore_signals if workers else None,
-    )
 
+    def read(step: int) -> Batch:
+        batch = dataset.batch(step)
+        return batch.pin_memory() if pin_memory else batch
 
-def _ignore_signals(_: int) -> None:
-    """A worker that died of the run's signal would take the step in progress with it; it ends with its parent."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    steps = iter(range(dataset.first_step, dataset.last_step))
+    if not threads:
+        yield from map(read, steps)
+        return
+    with ThreadPoolExecutor(threads, "prefetch") as pool:
+        waiting = deque(pool.submit(read, step) for step in islice(steps, READ_AHEAD * threads))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(read, step) for step in islice(steps, 1))
 
 
 def open_streams(config: Config) -> tuple[TokenStream, TokenStream | None]:

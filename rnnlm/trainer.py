@@ -32,17 +32,17 @@ from rnnlm.model import RecurrentLM
 from rnnlm.optim import (
     ValidationMemory,
     build_optimizer,
+    expected_optimizer_tensors,
     learning_rate,
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from rnnlm.processes import Accelerator, TreeSum, Wishes, end, everyones, from_main, start_accelerator
+from rnnlm.processes import Accelerator, Meeting, TreeSum, Wishes, end, everyones, from_main, start_accelerator
 from rnnlm.saving import Saved, Saver
 from rnnlm.stream import Tokens, TokenStream
 from rnnlm.substreams import Batch, SubstreamDataset, loader, open_ring, open_streams
 from rnnlm.tensorfile import Tensors
 from rnnlm.tokenizer import Tokenizer
-from rnnlm.untrusted import check_state
 
 PREEMPTED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
 LOCK_PATIENCE_SECONDS = 15.0  # a life that was killed a moment ago may not have ended yet
@@ -55,8 +55,9 @@ class Trainer:
         UserError: a configuration, stream or run directory that cannot work, before anything is written.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, interrupts: Interrupts | None = None):
         self.config = config
+        self.interrupts = interrupts or Interrupts()  # it counts from when its context was entered
         self.directory = Path(config.run.directory)
         self.train_stream, self.valid_stream = open_streams(config)
         manifest = self.train_stream.manifest
@@ -79,10 +80,12 @@ class Trainer:
         self.horizon = config.optim.horizon_steps or self.total_steps
         self.interval, self.clock, self.health = IntervalLoss(self.device), Stopwatch(), Health(self.device)
         self.gradient_norm = torch.zeros((), device=self.device)
+        self.save_error = ""  # of the last save that failed
         self.saver, self.saved_step, self.saved_at = Saver(self.directory / "checkpoints"), 0, time.monotonic()
-        self.interrupts, self.wishes = Interrupts(), Wishes(self.device)
+        self.wishes = Wishes(self.device)
         self.watchdog = Watchdog(60 * config.run.timeout_minutes)
         self.preempted = self.wants_save = False
+        self.submitted_step = -1  # of the last checkpoint that a run goes on from
         self.stack = ExitStack()  # what is held until the end: the lock, in the main process
         self.metrics: Metrics | None = None  # in the main process alone
         self._settle()
@@ -93,9 +96,10 @@ class Trainer:
         Returns:
             The exit code: 0 at the end, 75 when a signal ended it before.
         """
-        with self.stack, self.interrupts, closing(self.watchdog):
+        with self.stack, closing(self.watchdog):
             self.resume()
             self.open_metrics()
+            self.watchdog.start()
             with closing(self.batches()) as batches:
                 for batch in batches:
                     self.train_step(batch)
@@ -132,9 +136,10 @@ class Trainer:
         self.watchdog.beat()
         minutes = self.config.run.save_every_minutes
         late = bool(self.metrics and minutes and time.monotonic() - self.saved_at > 60 * minutes)
-        stop, self.wants_save = self.wishes.agree(bool(self.interrupts.name), late)
+        stop, save = self.wishes.agree(bool(self.interrupts.name), late)
         self.preempted = stop and not self.finished
-        self.wants_save |= self.preempted
+        # on GPUs the answer is a step old: it may be the wish that has just been granted
+        self.wants_save = self.preempted or (save and self.step > self.submitted_step + 1)
 
     def batches(self) -> Generator[Batch, None, None]:
         """This process's batches from the present step on, each checked to go on where its rows ended."""
@@ -162,7 +167,7 @@ class Trainer:
                 follows = tokens[:, -1]  # a row that ends before it ends the epoch
                 yield batch
         finally:
-            del source  # ends the workers now: at exit they would be sent a SIGTERM, which they ignore
+            del source  # ends its threads, or the workers of a loader put in its place
 
     def train_step(self, batch: Batch) -> None:
         """Forward, backward, clip, update: one window of every substream of this process."""
@@ -262,7 +267,8 @@ class Trainer:
         if self.valid_stream is None:
             return False
         with self.clock.pause():
-            evaluation = score(self.accelerator, self.raw, self.valid_stream, self.config, self.watchdog.beat)
+            meet = Meeting(self.accelerator, self.watchdog.beat)
+            evaluation = score(self.accelerator, self.raw, self.valid_stream, self.config, meet)
             loss = from_main(self.accelerator, lambda: evaluation.loss)
             best = self.memory.update(loss, self.step, self.config.optim)
             if self.metrics:
@@ -288,6 +294,9 @@ class Trainer:
             hidden["ended"] = self.accelerator.gather(torch.from_numpy(self.ended).to(self.device))  # (S,)
             sums = self.accelerator.reduce(self.interval.sums.clone(), "sum").tolist()
             resets = int(self.accelerator.reduce(self.health.resets.clone(), "sum"))
+            resumable = self.wants_save or self.due(self.config.run.save_every_steps)
+            if resumable:
+                self.submitted_step = self.step
             if not self.metrics:
                 return
             scaler = self.accelerator.scaler
@@ -310,13 +319,13 @@ class Trainer:
                 self.metrics.sync()
             names = [f"{prefix}-{self.step:08d}" for prefix in ("step", "best")]
             run = self.config.run
-            if self.wants_save or self.due(run.save_every_steps):
+            if resumable:
+                self.saved_at = time.monotonic()
                 also = names[1:] if best else []
                 saved = self.saver.submit(names[0], parts, state, run.keep_last, run.keep_every_steps, also)
             else:
                 saved = self.saver.submit(names[1], parts, state, 1)
             self.report_saves(saved)
-            self.saved_at = time.monotonic()
 
     def report_saves(self, finished: list[Saved]) -> None:
         """Tell what became of saves that ended; what failed is tried again at the next one's time."""
@@ -328,6 +337,7 @@ class Trainer:
             if saved.error and saved.path:
                 self.metrics.say(f"warning: {saved.name}: older checkpoints are still there ({saved.error})")
             elif saved.error:
+                self.save_error = f"{saved.error}"
                 self.metrics.say(f"warning: step {int(step)}: no checkpoint ({saved.error}); training goes on")
             grace = self.config.run.grace_seconds
             if saved.path and saved.seconds > grace:
@@ -342,15 +352,23 @@ class Trainer:
         self.ring = dataclasses.replace(self.ring, origin=start.origin)
         if start.checkpoint is None:
             return
-        found = checkpoint.load(Path(start.checkpoint), every_byte=False)  # the tensors are checked as they are read
-        check_state(found.state, found.path)
+        try:
+            self._load(Path(start.checkpoint), "train.global_batch_size" in start.changed)
+        except UserError as error:  # a disk that this machine alone sees so
+            error.is_alone = True
+            raise
+
+    def _load(self, path: Path, rows_changed: bool) -> None:
+        found = checkpoint.load(path, every_byte=False)  # the tensors are checked as they are read
         state, now = found.state, versions(self.device)
         if state["versions"] != now and self.accelerator.is_main_process:
             print(f"warning: saved under {state['versions']}, now {now}: bits may differ", file=sys.stderr)
         parameters = dict(self.raw.named_parameters())
         checkpoint.copy_tensors(parameters, found.tensors("model", parameters), found.path)
-        load_optimizer_tensors(self.raw, self.raw_optimizer, found.tensors("optimizer"))
-        if "train.global_batch_size" not in start.changed:  # else an epoch begins, and all states with it from zero
+        expected = expected_optimizer_tensors(self.raw, self.raw_optimizer)
+        moments = found.tensors("optimizer", expected if state["step"] else None)
+        load_optimizer_tensors(self.raw, self.raw_optimizer, moments)
+        if not rows_changed:  # else an epoch begins, and all states with it from zero
             own = {name: rows[self.first : self.last] for name, rows in found.tensors("hidden").items()}
             self.ended = own.pop("ended").numpy()
             checkpoint.copy_tensors(self.hidden, own, found.path)
@@ -396,6 +414,7 @@ class Trainer:
         Raises:
             RunError: the last checkpoint could not be written.
         """
+        self.watchdog.close()
         if self.metrics:
             self.report_saves(self.saver.wait())
             self.metrics.close()
@@ -407,8 +426,8 @@ class Trainer:
         end(self.accelerator)
         if self.metrics and self.saved_step < self.step and not self.preempted:
             raise RunError(
-                f"{self.directory}: the last checkpoint is of step {self.saved_step}, not {self.step}; "
-                "make room on the disk and type the same command again"
+                f"{self.directory}: the last checkpoint is of step {self.saved_step}, not {self.step} "
+                f"({self.save_error}); mend that, as by making room on the disk, and type the same command again"
             )
         return PREEMPTED if self.preempted else 0
 
@@ -464,7 +483,7 @@ class Trainer:
         return self.process * size // processes, (self.process + 1) * size // processes
 
     def _check_alike(self) -> None:
-        prints = everyones(fingerprint(self.config, self.train_stream))
+        prints = everyones(fingerprint(self.config, self.train_stream, self.valid_stream))
         try:
             check_alike(prints)
         except UserError:

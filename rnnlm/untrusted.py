@@ -154,10 +154,10 @@ def check_state(state: Mapping[str, Any], path: Path) -> None:
         "interval": lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_whole, value)),
         "scaler": lambda value: _is_dict(value, _is_number),
         "configuration": lambda value: _is_dict(value, lambda part: isinstance(part, dict)),
-        "origin": lambda value: _is_dict(value, _is_count) and value.keys() == {"step", "epoch", "position"},
         "health": _is_health,
         "versions": lambda value: _is_dict(value, lambda part: isinstance(part, str)),
     }
+    rules["origin"] = lambda value: _is_origin(value) and value["step"] <= state["step"]
     for key, holds in rules.items():
         if key not in state or not holds(state[key]):
             shown = repr(state[key])[:100] if key in state else "not there"
@@ -170,6 +170,11 @@ def _is_memory(value: Any) -> bool:
     if not _is_dict(value, _is_number) or {*value} != {*fields} or value["learning_rate_scale"] is None:
         return False
     return all(_is_count(value[key]) for key, default in fields.items() if type(default) is int)
+
+
+def _is_origin(value: Any) -> bool:
+    """Whether these are the fields of an Origin."""
+    return _is_dict(value, _is_count) and value.keys() == {"step", "epoch", "position"}
 
 
 def _is_health(value: Any) -> bool:

@@ -5,7 +5,9 @@ nan N, grad N: the loss, or one gradient, of the last process is not finite at s
 row N: the hidden state of substream 3 is NaN before step N.   spike N: the loss of step N is a hundred times itself.
 hang N, error N: the last process stops, or raises an error, at step N.   slow N: a step takes N milliseconds more.
 masks: dropout masks keyed by rank, not by substream.   skip N: from step N on the loader reads one window too far.
-blind: Accelerate is not told that it is on a CPU.
+blind: Accelerate is not told that it is on a CPU.   disk N: every file takes N milliseconds more to write.
+clocks N: a step takes N seconds by the clock of process 0 and N thousand by any other's; saves-RANK tells who saved.
+touches: touched-RANK tells what each process did to names and contents in the run's directory, by Python's own audit.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
@@ -25,6 +28,7 @@ import torch
 import train
 
 import rnnlm.disk
+import rnnlm.trainer
 from rnnlm.config import run_door
 from rnnlm.substreams import Batch, SubstreamDataset
 from rnnlm.trainer import Trainer
@@ -150,6 +154,47 @@ def error(value: int) -> None:
 
 def slow(value: int) -> None:
     at_step(0, lambda self: time.sleep(value / 1000), times=10**9, last_only=False)
+
+
+def disk(value: int) -> None:
+    honest = rnnlm.disk.write
+
+    def write(*arguments: Any) -> None:
+        time.sleep(value / 1000)
+        honest(*arguments)
+
+    rnnlm.disk.write = write
+
+
+def clocks(value: int) -> None:
+    now, honest, rank = [0.0], Trainer.save, os.environ["RANK"]
+    # the trainer's alone: watchdogs and process groups keep the true one
+    rnnlm.trainer.time = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)  # type: ignore[attr-defined]
+
+    def tick(self: Trainer) -> None:
+        now[0] += value * (1 if rank == "0" else 1000)
+
+    def save(self: Trainer, best: bool = False) -> None:
+        with Path(f"saves-{rank}").open("a") as file:
+            file.write(f"{self.step}\n")
+        honest(self, best)
+
+    at_step(0, tick, times=10**9, last_only=False)
+    Trainer.save = save  # type: ignore[method-assign]
+
+
+def touches(value: int) -> None:
+    log = os.open(f"touched-{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    names = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in names or (event == "open" and arguments[2] & changing):
+            for path in arguments[:2]:
+                if isinstance(path, str | os.PathLike) and "/run" in os.fspath(path):
+                    os.write(log, f"{event} {os.fspath(path)}\n".encode())
+
+    sys.addaudithook(hook)
 
 
 if __name__ == "__main__":

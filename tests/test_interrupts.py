@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,5 +136,5 @@ def test_fault_14_a_rank_that_raises_ends_all_and_says_why_once(experiment: Path
 def test_fault_15_a_rank_that_hangs_ends_all_with_stacks(experiment: Path, run_door: Door) -> None:
     done = run_door(FAULTY, "hang", "3", f"--config={experiment}", "--run.timeout_minutes=0.1", processes=2)
     assert done.returncode != 0
-    assert "has done nothing for 6 seconds (run.timeout_minutes)" in done.stderr
+    assert re.search(r"has done nothing for \d+ seconds \(run.timeout_minutes\)", done.stderr), done.stderr
     assert "in act" in done.stderr or "in <lambda>" in done.stderr, "where it hangs"
