@@ -29,7 +29,7 @@ from accelerate.utils import (
 )
 from torch import Tensor
 
-from rnnlm.config import Config, UserError
+from rnnlm.config import Config, RunError, UserError
 
 __all__ = ["Accelerator", "Meeting", "TreeSum", "Wishes", "end", "everyones", "from_main", "start_accelerator"]
 
@@ -138,11 +138,11 @@ def from_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
         try:
             box[0] = function()
         except (UserError, OSError) as error:
-            box[1] = str(error)
+            box[1] = (RunError if isinstance(error, RunError) else UserError, str(error))
     broadcast_object_list(box)
     if box[1] is not None:
         end(accelerator)
-        raise UserError(box[1])
+        raise box[1][0](box[1][1])
     result: T = box[0]
     return result
 

@@ -45,7 +45,7 @@ from rnnlm.tensorfile import Tensors
 from rnnlm.tokenizer import Tokenizer
 
 PREEMPTED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
-LOCK_PATIENCE_SECONDS = 15.0  # a life that was killed a moment ago may not have ended yet
+LOCK_PATIENCE_SECONDS = 5.0  # a life that was killed a moment ago may not have ended yet
 
 
 class Trainer:

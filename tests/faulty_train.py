@@ -23,11 +23,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
 
-import accelerate
 import torch
 import train
 
 import rnnlm.disk
+import rnnlm.processes
 import rnnlm.trainer
 from rnnlm.config import run_door
 from rnnlm.substreams import Batch, SubstreamDataset
@@ -51,8 +51,8 @@ def masks(value: int) -> None:
     """The mistake that the comparison of 1 and 2 processes must show."""
     honest = Trainer.__init__
 
-    def init(self: Trainer, config: object) -> None:
-        honest(self, config)  # type: ignore[arg-type]
+    def init(self: Trainer, *arguments: Any) -> None:
+        honest(self, *arguments)
         self.rows = torch.arange(self.last - self.first, device=self.device)
 
     Trainer.__init__ = init  # type: ignore[assignment,method-assign]
@@ -71,8 +71,8 @@ def skip(value: int) -> None:
 
 def blind(value: int) -> None:
     """Processes that torchrun started and that each believe to be alone."""
-    honest = accelerate.Accelerator
-    accelerate.Accelerator = lambda cpu, **options: honest(**options)  # type: ignore[assignment,misc]
+    honest = rnnlm.processes.Accelerator
+    rnnlm.processes.Accelerator = lambda cpu, **options: honest(**options)  # type: ignore[assignment,misc]
 
 
 def saving(value: int) -> None:

@@ -136,6 +136,7 @@ def test_tokens_of_elsewhere_with_the_right_positions_are_caught(run_door: Door,
     assert "hidden states would be of other text" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_ring_that_moves_with_the_number_of_processes_is_caught(run_door: Door, experiment: Path) -> None:
     code, stderr = resumed_on_two(run_door, experiment, "ring")
     assert code == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Door, assert_same_bits, final_state, records
+from conftest import Door, final_state, records, results
 
 from rnnlm.lock import locked
 from rnnlm.processes import TreeSum
@@ -33,7 +33,7 @@ def test_a_tree_sum_has_one_order() -> None:
 
 @pytest.mark.parametrize(
     "moves",
-    [(1, 2, 1), pytest.param((1, 2, 4, 1), marks=pytest.mark.slow)],
+    [(1, 2), pytest.param((1, 2, 4, 1), marks=pytest.mark.slow)],
     ids=lambda moves: "-".join(map(str, moves)),
 )
 def test_fault_19_with_exact_slices_a_run_that_moves_has_the_bits_of_one_that_stays(
@@ -47,7 +47,12 @@ def test_fault_19_with_exact_slices_a_run_that_moves_has_the_bits_of_one_that_st
             done = run_door(TRAIN, *options, f"--train.max_steps={end}", f"--run.directory={run}", processes=launched)
             assert done.returncode == 0, done.stderr
         assert [start["processes"] for start in records(run, "start")] == list(lives)
-    assert_same_bits(tmp_path / "run", stays)
+    run = tmp_path / "run"
+    assert results(run) == results(stays)
+    (mine, my_state), (theirs, their_state) = final_state(run, 20), final_state(stays, 20)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert {**my_state, "processes": 0} == {**their_state, "processes": 0}
 
 
 @pytest.mark.slow

@@ -40,7 +40,12 @@ def uninterrupted(whole: dict[int, Path], run_door: Door, experiment: Path, proc
 
 
 @pytest.mark.parametrize(
-    "processes", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+    "processes",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(2, marks=pytest.mark.slow),
+        pytest.param(3, marks=pytest.mark.slow),
+    ],
 )
 def test_fault_01_killed_after_step_10_of_20_goes_on_bit_for_bit(
     whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path, streams: Path, processes: int

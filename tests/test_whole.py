@@ -185,7 +185,7 @@ def test_fault_20_a_run_directory_of_another_configuration(run_door: Door, exper
     assert our_lines(done) == [
         f"error: run.directory={tmp_path}/run: holds a run of another configuration (model.dropout is 0.3 there, 0.1 "
         "now; train.seq_len is 48 there, 40 now); choose another run.directory, or give these fields the values they "
-        "have there"
+        "have there (run.allow_change says which may change)"
     ]
     assert (tmp_path / "run/config.yaml").read_bytes() == before
 
