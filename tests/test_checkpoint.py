@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Door
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 
@@ -422,3 +423,21 @@ def test_fault_30_a_vocabulary_that_the_model_cannot_have_takes_no_memory(tmp_pa
             continue
         with pytest.raises(CheckpointError, match=message):
             load_model(config, path, torch.device("cpu"))
+
+
+def test_fault_30_an_optimizer_of_other_shapes_is_refused_before_it_is_used(
+    run_door: Door, experiment: Path, tmp_path: Path
+) -> None:
+    """PyTorch's fused kernels do not look at shapes: a smaller moment would be written beyond its end."""
+    options = (f"--config={experiment}", "--train.max_steps=2")
+    assert run_door("launch/train.py", *options).returncode == 0
+    root = tmp_path / "run/checkpoints"
+    found = load(root / "step-00000002")
+    tensors = {part: found.tensors(part) for part in ("model", "optimizer", "hidden")}
+    name = next(name for name in tensors["optimizer"] if name.endswith("exp_avg"))
+    for change in ({name: torch.zeros(1)}, {}):
+        kept = {key: value for key, value in tensors["optimizer"].items() if key != name} | change
+        save(root, "step-00000002", {**tensors, "optimizer": kept}, found.state)
+        done = run_door("launch/train.py", f"--config={experiment}", "--train.max_steps=3")
+        assert done.returncode == 2, done.stderr
+        assert name in done.stderr

@@ -11,6 +11,7 @@ from rnnlm.config import OptimConfig
 from rnnlm.optim import (
     ValidationMemory,
     build_optimizer,
+    expected_optimizer_tensors,
     learning_rate,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -99,3 +100,28 @@ def test_weight_decay_spares_biases() -> None:
     optimizer.step()
     torch.testing.assert_close(model.weight.detach(), weight * (1 - 0.5 * 0.1))
     assert torch.equal(model.bias, bias)
+
+
+@pytest.mark.parametrize(
+    "config", [OptimConfig(), OptimConfig(name="adamw"), OptimConfig(name="sgd"), OptimConfig(name="sgd", momentum=0.9)]
+)
+def test_what_a_checkpoint_must_hold_of_an_optimizer(config: OptimConfig) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    found, expected = optimizer_tensors(model, optimizer), expected_optimizer_tensors(model, optimizer)
+    assert {name: (value.shape, value.dtype) for name, value in found.items()} == {
+        name: (value.shape, value.dtype) for name, value in expected.items()
+    }
+
+
+def test_momentum_begins_at_zero_even_where_the_first_step_is_skipped() -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(model, OptimConfig(name="sgd", momentum=0.9))
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert all(not state["momentum_buffer"].any() for state in optimizer.state.values())

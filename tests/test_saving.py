@@ -193,3 +193,14 @@ def test_copies_of_device_tensors_are_pinned_and_complete() -> None:
             assert torch.equal(copies[part][name], tensor), name
             assert copies[part][name].is_contiguous()
     assert copies["model"]["large"].is_pinned()
+
+
+def test_what_a_run_goes_on_from_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill between the two, the best one is made again; the other way round it would be lost for good."""
+    order, honest = [], checkpoint.save
+    monkeypatch.setattr(
+        checkpoint, "save", lambda root, name, *rest: (order.append(name), honest(root, name, *rest))[1]
+    )
+    saver = Saver(tmp_path)
+    saver.submit("step-00000010", parts(1.0), {"step": 10}, 2, also=["best-00000010"])
+    assert [saved.name for saved in saver.wait()] == order == ["best-00000010", "step-00000010"]

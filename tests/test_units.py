@@ -415,6 +415,14 @@ def decoded(directory: Path, split: str, tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode(tokens[a : b - 1]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
 
+def test_an_empty_input_that_is_deduplicated_is_an_error_of_the_user(
+    text: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.txt").write_bytes(b"\n")
+    with pytest.raises(UserError, match="corpus.train: no text in it"):
+        build(tmp_path / "empty.txt", tmp_path / "s", tokenizer, deduplicate=True)
+
+
 def test_deduplication_keeps_the_first_of_each(
     text: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,11 @@ def config_of(options: argparse.Namespace, directory: str = "") -> Config:
 
 def texts(options: argparse.Namespace, limit: int = 2**62) -> Iterator[bytes]:
     """The documents; with a limit, evenly from the whole corpus, about that many bytes."""
-    config = config_of(options)
-    files = sources(config.corpus.train, "files")
+    corpus = replace(config_of(options).corpus, max_whole_bytes=2**25)  # all in memory, as the libraries want them
+    files = sources(corpus.train, "files")
     every = max(1, sum(file.size for file in files) // limit)
-    for job in jobs("train", files, config.corpus, 1):
-        for _, items in read(job, config.corpus):
+    for job in jobs("train", files, corpus, 1):
+        for _, items in read(job, corpus):
             documents = (item.data for item in items if isinstance(item, Document))
             yield from (data for number, data in enumerate(documents) if number % every == 0)
 
