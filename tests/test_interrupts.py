@@ -137,4 +137,4 @@ def test_fault_15_a_rank_that_hangs_ends_all_with_stacks(experiment: Path, run_d
     done = run_door(FAULTY, "hang", "3", f"--config={experiment}", "--run.timeout_minutes=0.1", processes=2)
     assert done.returncode != 0
     assert re.search(r"has done nothing for \d+ seconds \(run.timeout_minutes\)", done.stderr), done.stderr
-    assert "in act" in done.stderr or "in <lambda>" in done.stderr, "where it hangs"
+    assert "in act" in done.stderr or "in <lambda>" in done.stderr, done.stderr

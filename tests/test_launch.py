@@ -84,6 +84,7 @@ def test_slurm_wants_to_know_the_run(cluster: Path) -> None:
     assert process.returncode == 2
 
 
+@pytest.mark.slow
 def test_fault_10_slurm_signals_its_task_and_the_run_is_saved_queued_again_and_finished(
     cluster: Path, experiment: Path
 ) -> None:

@@ -73,6 +73,7 @@ def test_fault_01_killed_after_step_10_of_20_goes_on_bit_for_bit(
     assert samples.count("## step") == 2 and "anna sees" in samples
 
 
+@pytest.mark.slow
 def test_one_process_equals_two_and_masks_keyed_by_rank_do_not(
     whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path
 ) -> None:
@@ -186,7 +187,7 @@ def test_a_damaged_checkpoint_costs_one_interval(
 @pytest.mark.parametrize(
     "option",
     [
-        "--optim.schedule=plateau",
+        pytest.param("--optim.schedule=plateau", marks=pytest.mark.slow),
         pytest.param("--model.cell=gru", marks=pytest.mark.slow),
         pytest.param("--train.precision=bf16", marks=pytest.mark.slow),
     ],
@@ -254,6 +255,7 @@ def test_plateau_without_a_validation_stream_is_refused(run_door: Door, experime
     assert run_door(TRAIN, *options).returncode == 0, "nothing else needs it"
 
 
+@pytest.mark.slow
 def test_resumed_on_another_number_of_processes(
     whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path
 ) -> None:
