@@ -275,12 +275,12 @@ def test_fault_25_fifty_kills_at_any_moment(tokenizer: Tokenizer, tmp_path: Path
     duration, expected = time.monotonic() - begun, digests(directory)
     fell: list[str] = []
     draw = random.Random(0)
-    for kill in range(60):
+    for kill in range(75):
         directory, log = prepare(tmp_path / f"s{kill}", tokenizer), tmp_path / f"log{kill}"
         given = options(many, directory, workers=2)
         process = start("none", log, *given)
         first_unit(log)
-        time.sleep(duration * (kill + draw.random()) / 60)
+        time.sleep(duration * (kill + draw.random()) / 75)
         running = process.poll() is None
         os.killpg(process.pid, signal.SIGKILL) if running else None
         process.communicate()
