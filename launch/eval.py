@@ -15,7 +15,7 @@ from rnnlm.config import read_config, run_door
 def main() -> None:
     """Read the run's configuration, evaluate, print."""
     config = read_config(("stream", "model", "train", "eval", "run"), __doc__, of_run=True)
-    from rnnlm.trainer import evaluate_run  # after --help: torch takes a second to import
+    from rnnlm.score import evaluate_run  # after --help: torch takes a second to import
 
     result = evaluate_run(config)
     if os.environ.get("RANK", "0") == "0":

@@ -58,8 +58,8 @@ class Health:
         self.counts[1] = torch.where(skip, self.counts[1] + 1, 0)
         return skip
 
-    def check(self, limit: int) -> tuple[int, int]:
-        """(steps skipped, of these the last ones in a row).
+    def check(self, limit: int) -> int:
+        """How many steps were skipped so far.
 
         Raises:
             RunError: `limit` or more in a row.
@@ -71,7 +71,7 @@ class Health:
                 f"changed nothing (train.stop_after_skipped={limit}); lower optim.learning_rate or "
                 "optim.clip_norm, or use bf16 or fp32, and go on from the last checkpoint"
             )
-        return skipped, in_a_row
+        return int(skipped)
 
     def to_dict(self, resets: int) -> dict[str, Any]:
         """For the checkpoint, with the resets of all processes."""

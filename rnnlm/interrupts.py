@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_SECONDS = 1.0
@@ -98,17 +98,37 @@ class Watchdog:
         self._closed.set()
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(1.0, self.timeout_seconds / 10)):
-            silent = time.monotonic() - self._heard
-            if silent > self.timeout_seconds:
-                rank = os.environ.get("RANK", "0")
-                try:
-                    print(
-                        f"error: rank {rank} has done nothing for {silent:.0f} seconds (run.timeout_minutes): it "
-                        "hangs, or waits for a rank that does; its stacks:",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-                finally:
-                    os._exit(1)  # also where nobody reads what is printed
+        while (silent := time.monotonic() - self._heard) <= self.timeout_seconds:
+            if self._closed.wait(min(1.0, self.timeout_seconds / 10)):
+                return
+        give_up(
+            f"has done nothing for {silent:.0f} seconds (run.timeout_minutes): it hangs, or waits for a rank that does"
+        )
+
+
+def give_up(why: str) -> NoReturn:
+    """End this process at once, threads that hang as well; say why, and what each of them was doing."""
+    rank = os.environ.get("RANK", "0")
+    try:
+        sys.stderr.flush()
+        tell_stacks(f"error: rank {rank} {why}; its stacks:", f"[rank {rank}] ")
+    finally:
+        os._exit(1)  # also where nobody reads what is printed
+
+
+def tell_stacks(heading: str, prefix: str) -> None:
+    """Print the stacks of all threads, a prefix before each line.
+
+    faulthandler writes word by word, so ranks that tell at the same time would tear each other's lines: it writes to
+    memory (no file: a disk that hangs may be the cause), and each line goes out at once.
+    """
+    os.write(sys.stderr.fileno(), f"{heading}\n".encode())
+    if not hasattr(os, "memfd_create"):  # not Linux
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        return
+    handle = os.memfd_create("stacks")
+    faulthandler.dump_traceback(file=handle, all_threads=True)
+    lines = os.pread(handle, os.fstat(handle).st_size, 0).decode(errors="replace").splitlines()
+    os.close(handle)
+    for line in lines:
+        os.write(sys.stderr.fileno(), f"{prefix}{line}\n".encode())

@@ -121,7 +121,7 @@ class Meeting:
         """Go on; every 64th time, meet."""
         self._calls += 1
         if self._calls % self._every == 0:
-            self._accelerator.reduce(torch.zeros(1, device=self._accelerator.device), "sum")
+            self._accelerator.reduce(torch.zeros(1, device=self._accelerator.device), "sum").item()  # on GPUs it waits
         self._beat()
 
 

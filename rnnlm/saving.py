@@ -57,29 +57,21 @@ class Saver:
 
     Args:
         root: the directory of the checkpoints.
+        keep_last, keep_every_steps: of those called step-<step>, as in checkpoint.prune; of other prefixes one is kept.
     """
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, keep_last: int = 2, keep_every_steps: int = 0):
+        self.root, self.keep_last, self.keep_every_steps = root, keep_last, keep_every_steps
         self._thread: threading.Thread | None = None
         self._finished: list[Saved] = []
         self._mistake: BaseException | None = None
 
-    def submit(
-        self,
-        name: str,
-        parts: Mapping[str, Tensors],
-        state: Mapping[str, Any],
-        keep_last: int,
-        keep_every_steps: int = 0,
-        also: Sequence[str] = (),
-    ) -> list[Saved]:
-        """Wait for the save before, copy the tensors, and write them as <prefix>-<step>; then prune that prefix.
+    def submit(self, names: Sequence[str], parts: Mapping[str, Tensors], state: Mapping[str, Any]) -> list[Saved]:
+        """Wait for the save before, copy the tensors, and write them under each of the names, then prune its prefix.
 
         Args:
-            name, parts, state: as in checkpoint.save; `state` must not be changed afterwards.
-            keep_last, keep_every_steps: as in checkpoint.prune.
-            also: further names for the same, each the only one of its prefix that is kept.
+            names: each <prefix>-<step>.
+            parts, state: as in checkpoint.save; `state` must not be changed afterwards.
 
         Returns:
             What became of earlier saves and was not yet handed out.
@@ -88,15 +80,28 @@ class Saver:
         finished = self.wait()
         copies = host_copy(parts)
         blocked = time.perf_counter() - begin
-        # what a run goes on from comes last: after a kill before it, the others are made again
-        kept = [*((other, 1, 0) for other in also), (name, keep_last, keep_every_steps)]
-        self._thread = threading.Thread(target=self._run, args=(kept, copies, state, blocked), daemon=False)
+
+        def write() -> None:
+            try:
+                # what a run goes on from comes last: after a kill before it, the others are made again
+                for name in sorted(names, key=lambda name: name.startswith("step-")):
+                    self._finished.append(self._save(name, copies, state, blocked))
+            except BaseException as mistake:
+                self._mistake = mistake
+
+        self._thread = threading.Thread(target=write, daemon=False)
         self._thread.start()
         return finished
 
+    def busy(self, patience_seconds: float = 0.0) -> bool:
+        """Whether something is still being written, after so long a wait at most."""
+        if self._thread:
+            self._thread.join(patience_seconds)
+        return self._thread is not None and self._thread.is_alive()
+
     def poll(self) -> list[Saved]:
         """What became of saves that are finished and was not yet handed out; does not wait."""
-        return [] if self._thread and self._thread.is_alive() else self.wait()
+        return [] if self.busy() else self.wait()
 
     def wait(self) -> list[Saved]:
         """Wait until nothing is being written; returns what became of it and was not yet handed out."""
@@ -109,38 +114,17 @@ class Saver:
         finished, self._finished = self._finished, []
         return finished
 
-    def _run(
-        self,
-        kept: Sequence[tuple[str, int, int]],
-        parts: Mapping[str, Tensors],
-        state: Mapping[str, Any],
-        blocked: float,
-    ) -> None:
-        try:
-            for name, keep_last, keep_every_steps in kept:
-                self._save(name, parts, state, keep_last, keep_every_steps, blocked)
-        except BaseException as mistake:
-            self._mistake = mistake
-
-    def _save(
-        self,
-        name: str,
-        parts: Mapping[str, Tensors],
-        state: Mapping[str, Any],
-        keep_last: int,
-        keep_every_steps: int,
-        blocked: float,
-    ) -> None:
-        begin = time.perf_counter()
+    def _save(self, name: str, parts: Mapping[str, Tensors], state: Mapping[str, Any], blocked: float) -> Saved:
+        begin, size, prefix = time.perf_counter(), 0, name.rpartition("-")[0]
+        kept = (self.keep_last, self.keep_every_steps) if prefix == "step" else (1, 0)
         path: Path | None = None
         error: OSError | UserError | None = None
-        size = 0
         try:
             path = checkpoint.save(self.root, name, parts, state)
             size = sum(file.stat().st_size for file in path.iterdir())
-            checkpoint.prune(path, name.rpartition("-")[0], keep_last, keep_every_steps)
+            checkpoint.prune(path, prefix, *kept)
         except UserError as found:  # not finite, or not what was written when it was read back
             path, error = None, found
         except OSError as found:
             error = found
-        self._finished.append(Saved(name, path, error, size, time.perf_counter() - begin, blocked))
+        return Saved(name, path, error, size, time.perf_counter() - begin, blocked)

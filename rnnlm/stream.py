@@ -166,6 +166,13 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def replace_durably(path: Path, data: bytes) -> None:
+    """Give a file other contents as a whole, in a directory that only this process writes to."""
+    partial = path.with_name(f"{path.name}.partial")
+    write_durably(partial, data)
+    partial.replace(path)
+
+
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     """A version 1.0 `.npy` header of exactly HEADER_BYTES bytes."""
     text = repr({"descr": dtype, "fortran_order": False, "shape": shape}).encode("latin1")

@@ -30,8 +30,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from rnnlm.config import Config, UserError
-from rnnlm.stream import TokenStream
+from rnnlm.config import Config, UserError, nearest
+from rnnlm.stream import Tokens, TokenStream
 
 Positions = npt.NDArray[np.int64]
 READ_AHEAD = 4  # batches of each thread
@@ -186,6 +186,39 @@ class SubstreamDataset(IterableDataset[Batch]):
         return map(self.batch, range(self.first_step + turn, self.last_step, workers))
 
 
+class Reading:
+    """Up to where the hidden states of rows first..last-1 have read: there the next batch must begin.
+
+    A loader that deals, shards or skips what was already dealt out gives plausible losses; this tells it from positions
+    and tokens, at the cost of comparing one token a row.
+    """
+
+    def __init__(self, stream: TokenStream, ring: Ring, first: int, last: int):
+        self.stream, self.ring, self.first, self.last = stream, ring, first, last
+        self.ended, _ = ring.place(0, first, last)  # (rows,) ring positions
+        self._follows: Tokens | None = None  # (rows,) each row's next token; None: ask the stream
+
+    def check(self, batch: Batch, step: int) -> None:
+        """Go on to the end of a batch.
+
+        Raises:
+            RuntimeError: it is of another step, or does not begin where the rows ended.
+        """
+        if self.ring.is_epoch_start(step):
+            self.ended, self._follows = self.ring.place(step, self.first, self.last)[0], None
+        if self._follows is None:
+            self._follows = self.stream.windows(self.ended, 1)[:, 0]
+        positions, tokens = batch.positions.numpy(), batch.tokens.numpy()
+        right = np.array_equal(positions, self.ended) and np.array_equal(tokens[:, 0], self._follows)
+        if batch.step != step or not right:
+            raise RuntimeError(
+                f"step {step}: the loader gave step {batch.step} at positions {positions.tolist()}, "
+                f"but the rows ended at {self.ended.tolist()}; hidden states would be of other text"
+            )
+        self.ended = (self.ended + batch.lengths.numpy()) % self.ring.tokens
+        self._follows = tokens[:, -1]  # a row that ends before it ends the epoch
+
+
 def loader(dataset: SubstreamDataset, threads: int, pin_memory: bool) -> Iterator[Batch]:
     """Batches in the order of the steps, each read ahead by one of `threads`; 0: read when asked for.
 
@@ -238,6 +271,28 @@ def open_streams(config: Config) -> tuple[TokenStream, TokenStream | None]:
         for _ in stream.verify() if stream else ():
             pass
     return train, valid
+
+
+def share(config: Config, process: int, processes: int) -> tuple[int, int]:
+    """The substreams of a process: first, and one past the last.
+
+    Raises:
+        UserError: they cannot be shared out evenly; it names the numbers that can.
+    """
+    train = config.train
+    if train.exact_slices % processes:
+        fitting = [2**k for k in range(train.exact_slices.bit_length())]
+        raise UserError(
+            f"train.exact_slices={train.exact_slices} is not divisible by {processes} processes; "
+            f"launch {', '.join(map(str, fitting))}"
+        )
+    size, each = train.global_batch_size, processes * train.accumulation
+    if size % each:
+        raise UserError(
+            f"train.global_batch_size={size} is not divisible by {processes} processes times "
+            f"train.accumulation={train.accumulation}; use {nearest(size, each)}"
+        )
+    return process * size // processes, (process + 1) * size // processes
 
 
 def open_ring(config: Config, stream: TokenStream) -> Ring:

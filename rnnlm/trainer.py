@@ -11,21 +11,20 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from rnnlm import checkpoint
 from rnnlm.cells import Hidden
 from rnnlm.claim import Claim, check_alike, claim, fingerprint, mark, state_of, versions
-from rnnlm.config import Config, RunError, UserError, as_list, nearest
-from rnnlm.evaluate import Evaluation, evaluate, exp
+from rnnlm.config import Config, RunError, UserError, as_list
+from rnnlm.evaluate import exp
 from rnnlm.generate import continuations
 from rnnlm.health import Health
-from rnnlm.interrupts import Interrupts, Watchdog
+from rnnlm.interrupts import Interrupts, Watchdog, give_up
 from rnnlm.lock import locked
 from rnnlm.metrics import IntervalLoss, Metrics, Stopwatch, peak_memory_bytes
 from rnnlm.model import RecurrentLM
@@ -37,14 +36,14 @@ from rnnlm.optim import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from rnnlm.processes import Accelerator, Meeting, TreeSum, Wishes, end, everyones, from_main, start_accelerator
+from rnnlm.processes import TreeSum, Wishes, end, everyones, from_main, start_accelerator
 from rnnlm.saving import Saved, Saver
-from rnnlm.stream import Tokens, TokenStream
-from rnnlm.substreams import Batch, SubstreamDataset, loader, open_ring, open_streams
+from rnnlm.score import score
+from rnnlm.substreams import Batch, Reading, SubstreamDataset, loader, open_ring, open_streams, share
 from rnnlm.tensorfile import Tensors
-from rnnlm.tokenizer import Tokenizer
 
 PREEMPTED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
+DISK_PATIENCE = 6  # times run.timeout_minutes, so an hour: a disk may be slow where a process may not
 LOCK_PATIENCE_SECONDS = 5.0  # a life that was killed a moment ago may not have ended yet
 
 
@@ -67,21 +66,22 @@ class Trainer:
         self.device = self.accelerator.device
         self.processes, self.process = self.accelerator.num_processes, self.accelerator.process_index
         self._check_alike()
-        self.first, self.last = self._share()
+        self.first, self.last = share(config, self.process, self.processes)
         raw = RecurrentLM(config.model, manifest.vocab_size, config.train.seed, config.train.loss_chunk_tokens)
         self.raw = raw.to(self.device)  # without DDP and autocast: for evaluation, generation, saving
         self.raw_optimizer = build_optimizer(self.raw, config.optim)
         self.model, self.optimizer = self.accelerator.prepare(self.raw, self.raw_optimizer)
         self.rows = torch.arange(self.first, self.last, device=self.device)
         self.hidden: Hidden = self.raw.zero_hidden(self.last - self.first)
-        self.ended, _ = self.ring.place(0, self.first, self.last)  # (rows,): up to where the hidden states have read
+        self.reading = Reading(self.train_stream, self.ring, self.first, self.last)
         self.memory = ValidationMemory()
         self.step = 0  # updates done, and so the data position
         self.horizon = config.optim.horizon_steps or self.total_steps
         self.interval, self.clock, self.health = IntervalLoss(self.device), Stopwatch(), Health(self.device)
         self.gradient_norm = torch.zeros((), device=self.device)
         self.save_error = ""  # of the last save that failed
-        self.saver, self.saved_step, self.saved_at = Saver(self.directory / "checkpoints"), 0, time.monotonic()
+        self.saver = Saver(self.directory / "checkpoints", config.run.keep_last, config.run.keep_every_steps)
+        self.saved_step, self.saved_at = 0, time.monotonic()
         self.wishes = Wishes(self.device)
         self.watchdog = Watchdog(60 * config.run.timeout_minutes)
         self.preempted = self.wants_save = False
@@ -145,26 +145,13 @@ class Trainer:
         """This process's batches from the present step on, each checked to go on where its rows ended."""
         dataset = SubstreamDataset(self.train_stream, self.ring, self.first, self.last, self.step, self.total_steps)
         source = iter(loader(dataset, self.config.train.prefetch_workers, self.device.type == "cuda"))
-        follows: Tokens | None = None  # each row's next token; None: ask the stream
         self.clock.reset(self.ring.targets_before(self.step))
         try:
             while not self.finished and not self.preempted:
                 asked = time.perf_counter()
                 batch = next(source)
                 self.clock.waited += time.perf_counter() - asked
-                if self.ring.is_epoch_start(self.step):
-                    self.ended, follows = self.ring.place(self.step, self.first, self.last)[0], None
-                if follows is None:
-                    follows = self.train_stream.windows(self.ended, 1)[:, 0]
-                positions, tokens = batch.positions.numpy(), batch.tokens.numpy()
-                right = np.array_equal(positions, self.ended) and np.array_equal(tokens[:, 0], follows)
-                if batch.step != self.step or not right:
-                    raise RuntimeError(
-                        f"step {self.step}: the loader gave step {batch.step} at positions {positions.tolist()}, "
-                        f"but the rows ended at {self.ended.tolist()}; hidden states would be of other text"
-                    )
-                self.ended = (self.ended + batch.lengths.numpy()) % self.ring.tokens
-                follows = tokens[:, -1]  # a row that ends before it ends the epoch
+                self.reading.check(batch, self.step)
                 yield batch
         finally:
             del source  # ends its threads, or the workers of a loader put in its place
@@ -234,7 +221,7 @@ class Trainer:
             RunError: too many steps in a row were skipped.
         """
         sums = self.accelerator.reduce(self.interval.sums, "sum").tolist()
-        skipped, _ = self.health.check(self.config.train.stop_after_skipped)
+        skipped = self.health.check(self.config.train.stop_after_skipped)
         resets = int(self.accelerator.reduce(self.health.resets.clone(), "sum"))
         self.interval = IntervalLoss(self.device)
         tokens = self.ring.targets_before(self.step)
@@ -267,8 +254,7 @@ class Trainer:
         if self.valid_stream is None:
             return False
         with self.clock.pause():
-            meet = Meeting(self.accelerator, self.watchdog.beat)
-            evaluation = score(self.accelerator, self.raw, self.valid_stream, self.config, meet)
+            evaluation = score(self.accelerator, self.raw, self.valid_stream, self.config, self.watchdog.beat)
             loss = from_main(self.accelerator, lambda: evaluation.loss)
             best = self.memory.update(loss, self.step, self.config.optim)
             if self.metrics:
@@ -290,8 +276,9 @@ class Trainer:
     def save(self, best: bool = False) -> None:
         """Copy what a checkpoint holds, leave the writing to a thread; a failing disk costs no more than this one."""
         with self.clock.pause():
+            self.wait_for_disk()
             hidden = {name: self.accelerator.gather(state) for name, state in self.hidden.items()}  # (S, H) each
-            hidden["ended"] = self.accelerator.gather(torch.from_numpy(self.ended).to(self.device))  # (S,)
+            hidden["ended"] = self.accelerator.gather(torch.from_numpy(self.reading.ended).to(self.device))  # (S,)
             sums = self.accelerator.reduce(self.interval.sums.clone(), "sum").tolist()
             resets = int(self.accelerator.reduce(self.health.resets.clone(), "sum"))
             resumable = self.wants_save or self.due(self.config.run.save_every_steps)
@@ -317,15 +304,27 @@ class Trainer:
             }
             with self.metrics.forgiven("metrics.jsonl"):
                 self.metrics.sync()
-            names = [f"{prefix}-{self.step:08d}" for prefix in ("step", "best")]
-            run = self.config.run
             if resumable:
                 self.saved_at = time.monotonic()
-                also = names[1:] if best else []
-                saved = self.saver.submit(names[0], parts, state, run.keep_last, run.keep_every_steps, also)
-            else:
-                saved = self.saver.submit(names[1], parts, state, 1)
-            self.report_saves(saved)
+            names = [f"{prefix}-{self.step:08d}" for prefix, due in (("step", resumable), ("best", best)) if due]
+            self.report_saves(self.saver.submit(names, parts, state))
+
+    def wait_for_disk(self) -> None:
+        """Until the save before is written: all processes together, so that no watchdog takes the wait for a hang."""
+        begin, patience = time.perf_counter(), DISK_PATIENCE * self.watchdog.timeout_seconds
+        while from_main(self.accelerator, lambda: self.saver.busy(patience_seconds=1.0)):
+            self.watchdog.beat()
+            if self.metrics and 0 < patience < time.perf_counter() - begin:
+                give_up(
+                    f"has waited {patience:.0f} seconds for a checkpoint to be written ({DISK_PATIENCE} times "
+                    "run.timeout_minutes): the disk hangs, or is too slow"
+                )
+        waited = time.perf_counter() - begin
+        if self.metrics and waited > 1.0 and not (self.finished or self.preempted):
+            self.metrics.say(
+                f"warning: training stood still for {waited:.0f} seconds until the save before this one was written; "
+                "save less often (run.save_every_steps), or on a faster disk"
+            )
 
     def report_saves(self, finished: list[Saved]) -> None:
         """Tell what became of saves that ended; what failed is tried again at the next one's time."""
@@ -349,7 +348,7 @@ class Trainer:
     def resume(self) -> None:
         """Take over the run's directory, and its newest whole checkpoint if there is one."""
         start = from_main(self.accelerator, self._claim)
-        self.ring = dataclasses.replace(self.ring, origin=start.origin)
+        self.ring = self.reading.ring = dataclasses.replace(self.ring, origin=start.origin)
         if start.checkpoint is None:
             return
         try:
@@ -369,8 +368,11 @@ class Trainer:
         moments = found.tensors("optimizer", expected if state["step"] else None)
         load_optimizer_tensors(self.raw, self.raw_optimizer, moments)
         if not rows_changed:  # else an epoch begins, and all states with it from zero
-            own = {name: rows[self.first : self.last] for name, rows in found.tensors("hidden").items()}
-            self.ended = own.pop("ended").numpy()
+            rows = self.ring.substreams
+            whole = {name: torch.empty((rows, *each.shape[1:]), device="meta") for name, each in self.hidden.items()}
+            whole["ended"] = torch.empty(rows, dtype=torch.int64, device="meta")
+            own = {name: each[self.first : self.last] for name, each in found.tensors("hidden", whole).items()}
+            self.reading.ended = own.pop("ended").numpy()
             checkpoint.copy_tensors(self.hidden, own, found.path)
         self.step, self.horizon = state["step"], state["horizon_steps"]
         self.saved_step = self.step
@@ -414,6 +416,7 @@ class Trainer:
         Raises:
             RunError: the last checkpoint could not be written.
         """
+        self.wait_for_disk()
         self.watchdog.close()
         if self.metrics:
             self.report_saves(self.saver.wait())
@@ -465,23 +468,6 @@ class Trainer:
             f"to train longer, raise {longer}"
         )
 
-    def _share(self) -> tuple[int, int]:
-        """The substreams of this process: first, and one past the last."""
-        train, processes = self.config.train, self.processes
-        if train.exact_slices % processes:
-            fitting = [2**k for k in range(train.exact_slices.bit_length())]
-            raise UserError(
-                f"train.exact_slices={train.exact_slices} is not divisible by {processes} processes; "
-                f"launch {', '.join(map(str, fitting))}"
-            )
-        size, each = train.global_batch_size, processes * train.accumulation
-        if size % each:
-            raise UserError(
-                f"train.global_batch_size={size} is not divisible by {processes} processes times "
-                f"train.accumulation={train.accumulation}; use {nearest(size, each)}"
-            )
-        return self.process * size // processes, (self.process + 1) * size // processes
-
     def _check_alike(self) -> None:
         prints = everyones(fingerprint(self.config, self.train_stream, self.valid_stream))
         try:
@@ -489,48 +475,3 @@ class Trainer:
         except UserError:
             end(self.accelerator)
             raise
-
-
-def evaluate_run(config: Config) -> Evaluation:
-    """Score eval.split with the model that run.checkpoint names, on all processes.
-
-    Raises:
-        UserError: no run, no stream, or a stream of another tokenizer.
-    """
-    stream = TokenStream(Path(config.stream.directory) / config.eval.split)
-    own = Path(config.run.directory) / "tokenizer.model"  # not there after training on a stream without one
-    if stream.manifest.tokenizer != (Tokenizer.load(own).digest if own.exists() else ""):
-        way_out = f"build or adopt it with {own}" if own.exists() else f"there is no {own}: adopt it without one"
-        raise UserError(f"{stream.directory}: built with another tokenizer than the run's; {way_out}")
-    exact = dataclasses.replace(config.train, precision="fp32", tf32=False)
-    accelerator = start_accelerator(dataclasses.replace(config, train=exact))
-    path = from_main(accelerator, lambda: str(checkpoint.choose(config)))
-    model, _, _ = checkpoint.load_model(config, Path(path), accelerator.device)
-    if model.vocab_size != stream.manifest.vocab_size:
-        raise UserError(
-            f"{stream.directory}: has a vocabulary of {stream.manifest.vocab_size}, the run's model one of "
-            f"{model.vocab_size}; adopt the stream with --vocab-size={model.vocab_size}"
-        )
-    result = score(accelerator, model, stream, config)
-    end(accelerator)
-    return result
-
-
-def score(
-    accelerator: Accelerator,
-    model: RecurrentLM,
-    stream: TokenStream,
-    config: Config,
-    beat: Callable[[], None] = lambda: None,
-) -> Evaluation:
-    """Evaluate on all processes, each with its share of the blocks; the result is everyone's."""
-    return evaluate(
-        model,
-        stream,
-        config.eval.batch_size,
-        config.eval.count_eos,
-        accelerator.process_index,
-        accelerator.num_processes,
-        lambda sums: accelerator.reduce(sums, "sum"),
-        beat,
-    )

@@ -7,6 +7,7 @@ hang N, error N: the last process stops, or raises an error, at step N.   slow N
 masks: dropout masks keyed by rank, not by substream.   skip N: from step N on the loader reads one window too far.
 blind: Accelerate is not told that it is on a CPU.   disk N: every file takes N milliseconds more to write.
 clocks N: a step takes N seconds by the clock of process 0 and N thousand by any other's; saves-RANK tells who saved.
+half N: fp16 and the scaling of its losses on a CPU, where Accelerate has neither; and `kill N`, if N is not 0.
 touches: touched-RANK tells what each process did to names and contents in the run's directory, by Python's own audit.
 """
 
@@ -29,7 +30,8 @@ import train
 import rnnlm.disk
 import rnnlm.processes
 import rnnlm.trainer
-from rnnlm.config import run_door
+from rnnlm.config import Config, run_door
+from rnnlm.processes import Accelerator
 from rnnlm.substreams import Batch, SubstreamDataset
 from rnnlm.trainer import Trainer
 
@@ -181,6 +183,21 @@ def clocks(value: int) -> None:
 
     at_step(0, tick, times=10**9, last_only=False)
     Trainer.save = save  # type: ignore[method-assign]
+
+
+def half(value: int) -> None:
+    honest = rnnlm.trainer.start_accelerator
+
+    def start(config: Config) -> Accelerator:
+        accelerator = honest(config)
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        # so large that some steps overflow, and tried again after every 4 that do not
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=4)
+        return accelerator
+
+    rnnlm.trainer.start_accelerator = start
+    if value:
+        kill(value)
 
 
 def touches(value: int) -> None:

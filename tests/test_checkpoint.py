@@ -425,7 +425,7 @@ def test_fault_30_a_vocabulary_that_the_model_cannot_have_takes_no_memory(tmp_pa
             load_model(config, path, torch.device("cpu"))
 
 
-def test_fault_30_an_optimizer_of_other_shapes_is_refused_before_it_is_used(
+def test_fault_30_tensors_of_other_shapes_are_refused_before_they_are_used(
     run_door: Door, experiment: Path, tmp_path: Path
 ) -> None:
     """PyTorch's fused kernels do not look at shapes: a smaller moment would be written beyond its end."""
@@ -434,10 +434,9 @@ def test_fault_30_an_optimizer_of_other_shapes_is_refused_before_it_is_used(
     root = tmp_path / "run/checkpoints"
     found = load(root / "step-00000002")
     tensors = {part: found.tensors(part) for part in ("model", "optimizer", "hidden")}
-    name = next(name for name in tensors["optimizer"] if name.endswith("exp_avg"))
-    for change in ({name: torch.zeros(1)}, {}):
-        kept = {key: value for key, value in tensors["optimizer"].items() if key != name} | change
-        save(root, "step-00000002", {**tensors, "optimizer": kept}, found.state)
+    moment = next(name for name in tensors["optimizer"] if name.endswith("exp_avg"))
+    for part, name, other in (("optimizer", moment, torch.zeros(1)), ("hidden", "layer0.h", torch.zeros(17, 16))):
+        save(root, "step-00000002", {**tensors, part: {**tensors[part], name: other}}, found.state)
         done = run_door("launch/train.py", f"--config={experiment}", "--train.max_steps=3")
         assert done.returncode == 2, done.stderr
         assert name in done.stderr

@@ -137,4 +137,24 @@ def test_fault_15_a_rank_that_hangs_ends_all_with_stacks(experiment: Path, run_d
     done = run_door(FAULTY, "hang", "3", f"--config={experiment}", "--run.timeout_minutes=0.1", processes=2)
     assert done.returncode != 0
     assert re.search(r"has done nothing for \d+ seconds \(run.timeout_minutes\)", done.stderr), done.stderr
-    assert "in act" in done.stderr or "in <lambda>" in done.stderr, done.stderr
+    stack = re.compile(r"^\[rank 1\] +File .*faulty_train.py\", line \d+ in <lambda>$", re.M)
+    assert stack.search(done.stderr), done.stderr
+
+
+@pytest.mark.slow
+def test_fault_15_a_slow_disk_is_no_hang(experiment: Path, run_door: Door, tmp_path: Path) -> None:
+    """All ranks wait for a save that takes longer than run.timeout_minutes, and for the last one at the end."""
+    options = (f"--config={experiment}", "--run.timeout_minutes=0.05", "--run.save_every_steps=5")
+    done = run_door(FAULTY, "disk", "1000", *options, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"warning: training stood still for \d+ seconds until the save before", done.stderr), done.stderr
+    assert (tmp_path / "run/checkpoints/step-00000020/manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_fault_15_a_disk_that_hangs_ends_the_run(experiment: Path, run_door: Door) -> None:
+    options = (f"--config={experiment}", "--run.timeout_minutes=0.02", "--run.save_every_steps=5")
+    done = run_door(FAULTY, "disk", "60000", *options)
+    assert done.returncode == 1
+    assert "has waited 7 seconds for a checkpoint to be written (6 times run.timeout_minutes)" in done.stderr
+    assert re.search(r"^\[rank 0\] .*disk.py.* in write$|^\[rank 0\] .*faulty_train.py.* in write$", done.stderr, re.M)

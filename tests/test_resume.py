@@ -93,6 +93,28 @@ def test_fault_01_killed_at_any_place_it_goes_on_bit_for_bit(
     assert_same_bits(run, whole)
 
 
+@pytest.mark.slow
+def test_fault_01_the_scaling_of_fp16_losses_goes_on_bit_for_bit(
+    run_door: Door, experiment: Path, tmp_path: Path
+) -> None:
+    """On a CPU, with the layers in real fp16 and PyTorch's own scaler; a GPU does the same in test_gpu.py."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    options = (f"--config={experiment}", "--train.max_steps=30", "--train.epochs=3", "--run.log_every_steps=1")
+    done = run_door(FAULTY, "half", "0", *options, f"--run.directory={whole}")
+    assert done.returncode == 0, done.stderr
+    assert run_door(FAULTY, "half", "23", *options).returncode == -9
+    done = run_door(FAULTY, "half", "0", *options)
+    assert done.returncode == 0, done.stderr
+    assert [start["step"] for start in records(run, "start")] == [0, 20]
+    assert_same_bits(run, whole, 30)
+    last = records(run, "train")[-1]
+    assert last["ran_in"] == {"layer0": "float16", "layer1": "float16", "head": "float16"}
+    skipped = [line["skipped_steps"] for line in records(run, "train")]
+    scaler = final_state(run, 20)[1]["scaler"]
+    assert 0 < skipped[19] < skipped[-1], "steps overflowed on both sides of the kill"
+    assert 0 < scaler["_growth_tracker"] < 4, "the scaler remembered something"
+
+
 def test_fault_35_resumed_exactly_at_an_epochs_end(
     run_door: Door, experiment: Path, tmp_path: Path, streams: Path
 ) -> None:

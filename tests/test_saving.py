@@ -45,7 +45,7 @@ def test_fault_34_training_goes_on_and_what_is_written_is_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow, saver, tensors = SlowDisk(monkeypatch), Saver(tmp_path), parts(1.0)
-    assert saver.submit("step-00000010", tensors, {"step": 10}, 2) == []
+    assert saver.submit(["step-00000010"], tensors, {"step": 10}) == []
     assert saver.poll() == [], "nothing is finished"
     tensors["model"]["w"].fill_(2.0)  # training goes on while the disk stands still
     slow.go.set()
@@ -61,11 +61,11 @@ def test_fault_34_training_goes_on_and_what_is_written_is_what_was_there(
 
 def test_fault_34_one_in_flight_and_none_after_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow, saver, told = SlowDisk(monkeypatch), Saver(tmp_path), []
-    saver.submit("step-00000001", parts(1.0), {"step": 1}, 2)
+    saver.submit(["step-00000001"], parts(1.0), {"step": 1})
     threading.Timer(0.2, slow.go.set).start()
     begin = time.perf_counter()
     for step in range(2, 7):
-        told += saver.submit(f"step-{step:08d}", parts(float(step)), {"step": step}, 2)
+        told += saver.submit([f"step-{step:08d}"], parts(float(step)), {"step": step})
         if step == 2:
             assert time.perf_counter() - begin > 0.1, "it waited for the one before"
     told += saver.wait()
@@ -78,7 +78,7 @@ def test_fault_34_one_in_flight_and_none_after_wait(tmp_path: Path, monkeypatch:
 
 def test_fault_34_its_failure_surfaces_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver = Saver(tmp_path)
-    saver.submit("step-00000010", parts(1.0), {"step": 10}, 2)
+    saver.submit(["step-00000010"], parts(1.0), {"step": 10})
 
     def full(path: Path, blocks: Iterable[bytes]) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -86,12 +86,12 @@ def test_fault_34_its_failure_surfaces_and_training_goes_on(tmp_path: Path, monk
     saver.wait()
     with monkeypatch.context() as patch:
         patch.setattr(disk, "write", full)
-        assert saver.submit("step-00000020", parts(2.0), {"step": 20}, 2) == []
+        assert saver.submit(["step-00000020"], parts(2.0), {"step": 20}) == []
         saver._thread.join()  # type: ignore[union-attr]
-    (failed,) = saver.submit("step-00000030", parts(float("nan")), {"step": 30}, 2)
+    (failed,) = saver.submit(["step-00000030"], parts(float("nan")), {"step": 30})
     assert (failed.name, failed.path) == ("step-00000020", None)
     assert isinstance(failed.error, OSError)
-    (failed,) = saver.submit("step-00000040", parts(4.0), {"step": 40}, 2)
+    (failed,) = saver.submit(["step-00000040"], parts(4.0), {"step": 40})
     assert isinstance(failed.error, NonFiniteError)
     (saved,) = saver.wait()
     assert saved.path == tmp_path / "step-00000040"
@@ -103,7 +103,7 @@ def test_fault_34_damaged_on_the_way_to_the_disk_or_not_deletable(
 ) -> None:
     saver, honest = Saver(tmp_path), disk.write
     for step in (10, 20):
-        saver.submit(f"step-{step:08d}", parts(1.0), {"step": step}, 2)
+        saver.submit([f"step-{step:08d}"], parts(1.0), {"step": step})
     saver.wait()
 
     def flipped(path: Path, blocks: Iterable[bytes]) -> None:
@@ -113,7 +113,7 @@ def test_fault_34_damaged_on_the_way_to_the_disk_or_not_deletable(
 
     with monkeypatch.context() as patch:
         patch.setattr(disk, "write", flipped)
-        saver.submit("step-00000030", parts(1.0), {"step": 30}, 2)
+        saver.submit(["step-00000030"], parts(1.0), {"step": 30})
         (saved,) = saver.wait()
     assert saved.path is None
     assert isinstance(saved.error, CheckpointError)
@@ -124,7 +124,7 @@ def test_fault_34_damaged_on_the_way_to_the_disk_or_not_deletable(
 
     with monkeypatch.context() as patch:
         patch.setattr(disk, "delete", refused)
-        saver.submit("step-00000040", parts(1.0), {"step": 40}, 2)
+        saver.submit(["step-00000040"], parts(1.0), {"step": 40})
         (saved,) = saver.wait()
     assert saved.path == tmp_path / "step-00000040", "it is whole, and counts as saved"
     assert isinstance(saved.error, PermissionError)
@@ -132,17 +132,17 @@ def test_fault_34_damaged_on_the_way_to_the_disk_or_not_deletable(
 
 def test_fault_34_a_mistake_in_the_program_is_raised(tmp_path: Path) -> None:
     saver = Saver(tmp_path)
-    saver.submit("step-00000010", parts(1.0), {"step": {1, 2}}, 2)  # no JSON
+    saver.submit(["step-00000010"], parts(1.0), {"step": {1, 2}})  # no JSON
     with pytest.raises(TypeError, match="not JSON serializable"):
         saver.wait()
     assert saver.wait() == []
-    saver.submit("step-00000020", parts(1.0), {"step": 20}, 2)
+    saver.submit(["step-00000020"], parts(1.0), {"step": 20})
     assert saver.wait()[0].path
 
 
 def test_the_same_bytes_as_written_at_once(tmp_path: Path) -> None:
     saver = Saver(tmp_path / "beside")
-    saver.submit("step-00000010", parts(1.5), {"step": 10}, 2)
+    saver.submit(["step-00000010"], parts(1.5), {"step": 10})
     (saved,) = saver.wait()
     other = checkpoint.save(tmp_path / "at-once", "step-00000010", parts(1.5), {"step": 10})
     assert saved.path
@@ -156,7 +156,7 @@ def test_fault_34_python_ends_when_the_save_in_flight_is_whole(tmp_path: Path, e
         "import sys, time, torch\nfrom pathlib import Path\nfrom rnnlm import disk\nfrom rnnlm.saving import Saver\n"
         "honest = disk.write\ndisk.write = lambda path, data: (time.sleep(0.1), honest(path, data))\n"
         "saver = Saver(Path(sys.argv[1]))\n"
-        "saver.submit('step-00000010', {'model': {'w': torch.ones(3)}}, {'step': 10}, 2)\n" + end
+        "saver.submit(['step-00000010'], {'model': {'w': torch.ones(3)}}, {'step': 10})\n" + end
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], env=environment(), capture_output=True, timeout=120, check=False
@@ -202,5 +202,5 @@ def test_what_a_run_goes_on_from_is_written_last(tmp_path: Path, monkeypatch: py
         checkpoint, "save", lambda root, name, *rest: (order.append(name), honest(root, name, *rest))[1]
     )
     saver = Saver(tmp_path)
-    saver.submit("step-00000010", parts(1.0), {"step": 10}, 2, also=["best-00000010"])
+    saver.submit(["step-00000010", "best-00000010"], parts(1.0), {"step": 10})
     assert [saved.name for saved in saver.wait()] == order == ["best-00000010", "step-00000010"]

@@ -117,7 +117,7 @@ def save(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=options.directory) as root:
         saver = Saver(Path(root))
         for step in range(options.rounds):
-            saver.submit(f"step-{step:08d}", parts, {}, keep_last=2)
+            saver.submit([f"step-{step:08d}"], parts, {})
             found += saver.wait()
     assert all(saved.path and not saved.error for saved in found), found
     blocked, seconds = (statistics.median(getattr(s, name) for s in found) for name in ("blocked_seconds", "seconds"))
