@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import os
 import random
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hypothesis import settings
 from safetensors.torch import load_file
 
+from rnnlm import config
 from rnnlm.build import Build
 from rnnlm.config import Config, CorpusConfig, StreamConfig, TokenizerConfig
 from rnnlm.stream import Manifest, TokenStream, commit, write_array, write_shard
@@ -151,6 +156,32 @@ def run_door(tmp_path: Path) -> Door:
         )
 
     return run
+
+
+TrainHere = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainHere:
+    """launch/train.py in this process, for tests whose subject is no process: PyTorch is imported once for all."""
+    main = runpy.run_path(str(ROOT / "launch/train.py"))["main"]
+    threads = torch.get_num_threads()
+
+    def train(*options: str | Path) -> subprocess.CompletedProcess[str]:
+        command = ["launch/train.py", *map(str, options), "--train.device=cpu"]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", command)
+        out, errors = StringIO(), StringIO()
+        try:
+            with redirect_stdout(out), redirect_stderr(errors), pytest.raises(SystemExit) as ended:
+                config.run_door(main)
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            torch.set_num_threads(threads)
+        assert isinstance(ended.value.code, int)
+        return subprocess.CompletedProcess(command, ended.value.code, out.getvalue(), errors.getvalue())
+
+    return train
 
 
 def records(run: Path, kind: str) -> list[dict[str, Any]]:

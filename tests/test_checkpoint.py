@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Door
+from conftest import TrainHere
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 
@@ -426,17 +426,17 @@ def test_fault_30_a_vocabulary_that_the_model_cannot_have_takes_no_memory(tmp_pa
 
 
 def test_fault_30_tensors_of_other_shapes_are_refused_before_they_are_used(
-    run_door: Door, experiment: Path, tmp_path: Path
+    train_here: TrainHere, experiment: Path, tmp_path: Path
 ) -> None:
     """PyTorch's fused kernels do not look at shapes: a smaller moment would be written beyond its end."""
     options = (f"--config={experiment}", "--train.max_steps=2")
-    assert run_door("launch/train.py", *options).returncode == 0
+    assert train_here(*options).returncode == 0
     root = tmp_path / "run/checkpoints"
     found = load(root / "step-00000002")
     tensors = {part: found.tensors(part) for part in ("model", "optimizer", "hidden")}
     moment = next(name for name in tensors["optimizer"] if name.endswith("exp_avg"))
     for part, name, other in (("optimizer", moment, torch.zeros(1)), ("hidden", "layer0.h", torch.zeros(17, 16))):
         save(root, "step-00000002", {**tensors, part: {**tensors[part], name: other}}, found.state)
-        done = run_door("launch/train.py", f"--config={experiment}", "--train.max_steps=3")
+        done = train_here(f"--config={experiment}", "--train.max_steps=3")
         assert done.returncode == 2, done.stderr
         assert name in done.stderr

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import Door, records, results
+from conftest import Door, TrainHere, records, results
 
 from rnnlm.config import Config, EvalConfig, ModelConfig, RunConfig, StreamConfig, UserError
 from rnnlm.evaluate import evaluate
@@ -340,13 +340,13 @@ def test_a_run_on_adopted_tokens_is_the_run_on_the_same_stream_but_for_its_text(
 
 
 def test_a_run_on_tokens_adopted_with_their_tokenizer_writes_samples(
-    streams: Path, experiment: Path, tmp_path: Path, run_door: Door
+    streams: Path, experiment: Path, tmp_path: Path, run_door: Door, train_here: TrainHere
 ) -> None:
     write_raw(tmp_path / "train.bin", plain(TokenStream(streams / "train")))
     model = f"--tokenizer={streams}/train/tokenizer.model"
     assert run_door("tools/adopt_stream.py", "train.bin", "mine/train", "--dtype=uint16", model).returncode == 0
     short = (f"--config={experiment}", "--train.max_steps=2", "--stream.directory=mine", "--run.directory=r")
-    assert run_door("launch/train.py", *short).returncode == 0
+    assert train_here(*short).returncode == 0
     done = run_door("launch/generate.py", "--run.directory=r", "--generate.prompts=anna sees")
     assert done.returncode == 0 and done.stdout.startswith("anna sees"), done.stderr
     done = run_door("tools/adopt_stream.py", "train.bin", "other", "--dtype=uint16", "--vocab-size=300")

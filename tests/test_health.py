@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Door, assert_same_bits, final_state, records
+from conftest import Door, TrainHere, assert_same_bits, final_state, records
 from torch import tensor
 
 from rnnlm.config import OptimConfig, RunError
@@ -107,7 +107,7 @@ def test_fault_16_and_17_a_step_that_is_not_finite_changes_nothing_on_any_rank(
 
 
 def test_fault_16_the_run_stops_after_too_many_in_a_row_and_goes_on_from_the_last_checkpoint(
-    run_door: Door, experiment: Path, tmp_path: Path
+    run_door: Door, train_here: TrainHere, experiment: Path, tmp_path: Path
 ) -> None:
     options = (f"--config={experiment}", "--run.log_every_steps=1", "--train.stop_after_skipped=3")
     done = run_door(FAULTY, "nan", "-12", *options)
@@ -115,5 +115,5 @@ def test_fault_16_the_run_stops_after_too_many_in_a_row_and_goes_on_from_the_las
     assert done.stderr.count("error: the last 3 steps had losses or gradients that are not finite") == 1
     whole = tmp_path / "whole"
     for directory in (tmp_path / "run", whole):
-        assert run_door(TRAIN, *options, f"--run.directory={directory}").returncode == 0
+        assert train_here(*options, f"--run.directory={directory}").returncode == 0
     assert_same_bits(tmp_path / "run", whole)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Door, assert_same_bits, final_state, records
+from conftest import Door, TrainHere, assert_same_bits, final_state, records
 
 from rnnlm.stream import TokenStream
 from rnnlm.substreams import Ring
@@ -68,7 +68,7 @@ def test_the_cases_cover_all_pairs() -> None:
     ],
 )
 def test_fault_01_killed_at_any_place_it_goes_on_bit_for_bit(
-    run_door: Door, experiment: Path, tmp_path: Path, streams: Path, case: Case
+    run_door: Door, train_here: TrainHere, experiment: Path, tmp_path: Path, streams: Path, case: Case
 ) -> None:
     kill, processes, cell, prefetch, accumulation, precision, schedule = case
     windows = Ring(len(TokenStream(streams / "train")), 24, 32).windows_per_epoch
@@ -80,7 +80,8 @@ def test_fault_01_killed_at_any_place_it_goes_on_bit_for_bit(
     ]  # fmt: skip
     launched = 0 if processes == 1 else int(processes)
     whole, run = tmp_path / "whole", tmp_path / "run"
-    done = run_door(TRAIN, *options, f"--run.directory={whole}", processes=launched)
+    uninterrupted = (*options, f"--run.directory={whole}")
+    done = run_door(TRAIN, *uninterrupted, processes=launched) if launched else train_here(*uninterrupted)
     assert done.returncode == 0, done.stderr
     faults = {"window": ("kill", 13), "saving": ("saving", 30), "epoch": ("kill", windows), "first": ("kill", 1)}
     killed = run_door(FAULTY, *map(str, faults[str(kill)]), *options, processes=launched)
@@ -116,15 +117,15 @@ def test_fault_01_the_scaling_of_fp16_losses_goes_on_bit_for_bit(
 
 
 def test_fault_35_resumed_exactly_at_an_epochs_end(
-    run_door: Door, experiment: Path, tmp_path: Path, streams: Path
+    train_here: TrainHere, experiment: Path, tmp_path: Path, streams: Path
 ) -> None:
     windows = Ring(len(TokenStream(streams / "train")), 16, 48).windows_per_epoch
     assert windows < 20
     whole, run = tmp_path / "whole", tmp_path / "run"
     options = (f"--config={experiment}", "--optim.horizon_steps=20")
-    assert run_door(TRAIN, *options, f"--run.directory={whole}").returncode == 0
-    assert run_door(TRAIN, *options, f"--train.max_steps={windows}").returncode == 0
-    done = run_door(TRAIN, *options)
+    assert train_here(*options, f"--run.directory={whole}").returncode == 0
+    assert train_here(*options, f"--train.max_steps={windows}").returncode == 0
+    done = train_here(*options)
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in records(run, "start")] == [0, windows]
     (mine, my_state), (theirs, their_state) = final_state(run, 20), final_state(whole, 20)

@@ -6,13 +6,14 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Door, assert_same_bits, final_state, make_text, records
+from conftest import Door, TrainHere, assert_same_bits, final_state, make_text, records
 
 from rnnlm.config import ModelConfig
 from rnnlm.model import RecurrentLM
@@ -28,15 +29,27 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return {}
 
 
-def uninterrupted(whole: dict[int, Path], run_door: Door, experiment: Path, processes: int, tmp_path: Path) -> Path:
-    if processes not in whole:
-        done = run_door(TRAIN, f"--config={experiment}", processes=0 if processes == 1 else processes)
-        assert done.returncode == 0, done.stderr
-        kept = tmp_path.parent / f"whole-{processes}"
-        shutil.copytree(tmp_path / "run", kept)
-        shutil.rmtree(tmp_path / "run")
-        whole[processes] = kept
-    return whole[processes]
+@pytest.fixture
+def uninterrupted(
+    whole: dict[int, Path], run_door: Door, train_here: TrainHere, experiment: Path, tmp_path: Path
+) -> Callable[[int], Path]:
+    """The directory of such a run."""
+
+    def run(processes: int) -> Path:
+        if processes not in whole:
+            option = f"--config={experiment}"
+            done = train_here(option) if processes == 1 else run_door(TRAIN, option, processes=processes)
+            assert done.returncode == 0, done.stderr
+            kept = tmp_path.parent / f"whole-{processes}"
+            shutil.copytree(tmp_path / "run", kept)
+            shutil.rmtree(tmp_path / "run")
+            whole[processes] = kept
+        return whole[processes]
+
+    return run
+
+
+Uninterrupted = Callable[[int], Path]
 
 
 @pytest.mark.parametrize(
@@ -48,11 +61,11 @@ def uninterrupted(whole: dict[int, Path], run_door: Door, experiment: Path, proc
     ],
 )
 def test_fault_01_killed_after_step_10_of_20_goes_on_bit_for_bit(
-    whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path, streams: Path, processes: int
+    uninterrupted: Uninterrupted, run_door: Door, experiment: Path, tmp_path: Path, streams: Path, processes: int
 ) -> None:
     if processes == 3:  # from three on, the order in which DDP sums gradients shows
         experiment.write_text(experiment.read_text().replace('"global_batch_size": 16', '"global_batch_size": 15'))
-    expected = uninterrupted(whole, run_door, experiment, processes, tmp_path)
+    expected = uninterrupted(processes)
     windows = Ring(len(TokenStream(streams / "train")), 15 if processes == 3 else 16, 48).windows_per_epoch
     assert 10 < windows < 20, "an epoch ends between the checkpoint and the end"
     launched = 0 if processes == 1 else processes
@@ -75,10 +88,10 @@ def test_fault_01_killed_after_step_10_of_20_goes_on_bit_for_bit(
 
 @pytest.mark.slow
 def test_one_process_equals_two_and_masks_keyed_by_rank_do_not(
-    whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path
+    uninterrupted: Uninterrupted, run_door: Door, experiment: Path, tmp_path: Path
 ) -> None:
-    one = uninterrupted(whole, run_door, experiment, 1, tmp_path)
-    two = uninterrupted(whole, run_door, experiment, 2, tmp_path)
+    one = uninterrupted(1)
+    two = uninterrupted(2)
     start = records(two, "start")[0]
     assert start["processes"] == 2
     assert [rank["substreams"] for rank in start["ranks"]] == [[0, 8], [8, 16]]
@@ -99,9 +112,9 @@ def test_one_process_equals_two_and_masks_keyed_by_rank_do_not(
 
 
 def test_accumulation_over_substreams_is_the_same_training(
-    whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path
+    uninterrupted: Uninterrupted, run_door: Door, experiment: Path, tmp_path: Path
 ) -> None:
-    one = uninterrupted(whole, run_door, experiment, 1, tmp_path)
+    one = uninterrupted(1)
     options = ("--train.accumulation=4", "--train.prefetch_workers=0")
     # what Accelerate would make of its own variable is a second division of the gradient
     done = run_door(TRAIN, f"--config={experiment}", *options, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
@@ -118,15 +131,15 @@ def test_a_loader_that_skips_a_window_is_caught(run_door: Door, experiment: Path
 
 
 def test_a_finished_run_says_so_and_longer_training_goes_on(
-    whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path
+    uninterrupted: Uninterrupted, run_door: Door, train_here: TrainHere, experiment: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(uninterrupted(whole, run_door, experiment, 1, tmp_path), tmp_path / "run")
+    shutil.copytree(uninterrupted(1), tmp_path / "run")
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
-    again = run_door(TRAIN, f"--config={experiment}")
+    again = train_here(f"--config={experiment}")
     assert again.returncode == 0
     assert "finished at step 20 of 20" in again.stdout and "raise train.epochs" in again.stdout
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
-    longer = run_door(TRAIN, f"--config={tmp_path}/run/config.yaml", "--train.max_steps=23", "--train.epochs=3")
+    longer = train_here(f"--config={tmp_path}/run/config.yaml", "--train.max_steps=23", "--train.epochs=3")
     assert longer.returncode == 0, longer.stderr
     trained = records(tmp_path / "run", "train")
     assert [line["step"] for line in trained[-3:]] == [20, 21, 23]
@@ -139,17 +152,19 @@ def test_a_finished_run_says_so_and_longer_training_goes_on(
 
 
 def test_evaluation_by_two_processes_is_the_same_to_the_bit(
-    whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path
+    uninterrupted: Uninterrupted, run_door: Door, experiment: Path, tmp_path: Path
 ) -> None:
-    run = uninterrupted(whole, run_door, experiment, 1, tmp_path)
+    run = uninterrupted(1)
     options = (f"--run.directory={run}", "--eval.batch_size=40", "--eval.split=train", "--train.seq_len=7")
     found = [run_door("launch/eval.py", *options, processes=processes) for processes in (0, 2)]
     assert [done.returncode for done in found] == [0, 0], found[1].stderr
     assert json.loads(found[0].stdout) == json.loads(found[1].stdout)
 
 
-def test_generation_from_the_door(whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path) -> None:
-    run = uninterrupted(whole, run_door, experiment, 1, tmp_path)
+def test_generation_from_the_door(
+    uninterrupted: Uninterrupted, run_door: Door, experiment: Path, tmp_path: Path
+) -> None:
+    run = uninterrupted(1)
     options = (f"--run.directory={run}", "--generate.samples=2", "--generate.prompts=[anna, bob sees]")
     done = run_door("launch/generate.py", *options)
     assert done.returncode == 0, done.stderr
@@ -162,9 +177,9 @@ def test_generation_from_the_door(whole: dict[int, Path], run_door: Door, experi
 
 
 def test_a_damaged_checkpoint_costs_one_interval(
-    whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path
+    uninterrupted: Uninterrupted, run_door: Door, train_here: TrainHere, experiment: Path, tmp_path: Path
 ) -> None:
-    expected = uninterrupted(whole, run_door, experiment, 1, tmp_path)
+    expected = uninterrupted(1)
     run = tmp_path / "run"
     shutil.copytree(expected, run)
     hidden = run / "checkpoints/step-00000020/hidden.safetensors"
@@ -177,7 +192,7 @@ def test_a_damaged_checkpoint_costs_one_interval(
     assert scored.returncode == 0, scored.stderr
     assert "every checkpoint is damaged" in scored.stderr, "of the best one there is only this"
     assert (run / "checkpoints/step-00000020").is_dir(), "who only reads renames nothing"
-    done = run_door(TRAIN, f"--config={experiment}")
+    done = train_here(f"--config={experiment}")
     assert done.returncode == 0, done.stderr
     assert "hidden.safetensors: its contents differ" in done.stderr and "going on from step 10" in done.stderr
     assert (run / "checkpoints/damaged-step-00000020").is_dir()
@@ -226,17 +241,17 @@ def test_plateau_early_stopping_cells_and_bf16_resume_to_the_bit(
 
 
 def test_fault_20_another_stream_is_refused_before_anything_is_written(
-    whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path
+    uninterrupted: Uninterrupted, run_door: Door, train_here: TrainHere, experiment: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(uninterrupted(whole, run_door, experiment, 1, tmp_path), run)
+    shutil.copytree(uninterrupted(1), run)
     text = tmp_path / "other.txt"
     text.write_text("\n".join(make_text(500, seed=3)), encoding="utf-8")
     for script in ("tools/train_tokenizer.py", "tools/build_stream.py"):
         options = (f"--corpus.train={text}", "--stream.directory=other", "--tokenizer.vocab_size=300")
         assert run_door(script, *options).returncode == 0
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    done = run_door(TRAIN, f"--config={experiment}", "--stream.directory=other")
+    done = train_here(f"--config={experiment}", "--stream.directory=other")
     assert done.returncode == 2
     assert re.search(
         r"^error: run.directory=.*: trained on another stream \([0-9a-f]{12}, now [0-9a-f]{12}\)", done.stderr
@@ -244,22 +259,24 @@ def test_fault_20_another_stream_is_refused_before_anything_is_written(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_plateau_without_a_validation_stream_is_refused(run_door: Door, experiment: Path, tmp_path: Path) -> None:
+def test_plateau_without_a_validation_stream_is_refused(
+    train_here: TrainHere, experiment: Path, tmp_path: Path
+) -> None:
     (tmp_path / "bare").mkdir()
     streams = Path(json.loads(experiment.read_text())["stream"]["directory"])
     (tmp_path / "bare/train").symlink_to(streams / "train")
     options = (f"--config={experiment}", "--stream.directory=bare", "--train.max_steps=1")
-    refused = run_door(TRAIN, *options, "--optim.schedule=plateau")
+    refused = train_here(*options, "--optim.schedule=plateau")
     assert refused.returncode == 2
     assert "bare/valid: no stream there, but plateau" in refused.stderr
-    assert run_door(TRAIN, *options).returncode == 0, "nothing else needs it"
+    assert train_here(*options).returncode == 0, "nothing else needs it"
 
 
 @pytest.mark.slow
 def test_resumed_on_another_number_of_processes(
-    whole: dict[int, Path], run_door: Door, experiment: Path, tmp_path: Path
+    uninterrupted: Uninterrupted, run_door: Door, experiment: Path, tmp_path: Path
 ) -> None:
-    one = uninterrupted(whole, run_door, experiment, 1, tmp_path)
+    one = uninterrupted(1)
     run = tmp_path / "run"
     shutil.copytree(one, run)
     shutil.rmtree(run / "checkpoints/step-00000020")
@@ -274,7 +291,7 @@ def test_resumed_on_another_number_of_processes(
 
 
 def test_streams_are_verified_before_training_on_request(
-    run_door: Door, experiment: Path, streams: Path, tmp_path: Path
+    train_here: TrainHere, experiment: Path, streams: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(streams, broken)
@@ -283,16 +300,16 @@ def test_streams_are_verified_before_training_on_request(
     data[-3] ^= 1
     shard.write_bytes(data)
     options = (f"--config={experiment}", f"--stream.directory={broken}", "--stream.verify=true")
-    done = run_door(TRAIN, *options)
+    done = train_here(*options)
     assert done.returncode == 2
     assert "shard-00001.npy: its contents differ" in done.stderr
 
 
-def test_training_is_that_of_a_slow_obvious_loop(run_door: Door, streams: Path, tmp_path: Path) -> None:
+def test_training_is_that_of_a_slow_obvious_loop(train_here: TrainHere, streams: Path, tmp_path: Path) -> None:
     """nn.LSTM, F.cross_entropy, Adam and a for loop, with every rule of the design written out once more."""
     rows, window, steps, width, hidden_size = 4, 100, 60, 12, 16
-    done = run_door(
-        TRAIN, f"--stream.directory={streams}", f"--run.directory={tmp_path}/run", "--run.log_every_steps=1",
+    done = train_here(
+        f"--stream.directory={streams}", f"--run.directory={tmp_path}/run", "--run.log_every_steps=1",
         f"--train.global_batch_size={rows}", f"--train.seq_len={window}", f"--train.max_steps={steps}",
         "--train.epochs=9", "--train.cpu_threads=1", f"--model.embedding_size={width}", "--optim.learning_rate=0.01",
         f"--model.hidden_size={hidden_size}", "--model.layers=1", "--optim.schedule=cosine", "--optim.warmup_steps=5",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Door, command, environment, make_text, records
+from conftest import ROOT, Door, TrainHere, command, environment, make_text, records
 
 SMALL = {  # options that make a command of the README small enough for a test
     "train_tokenizer.py": ["--tokenizer.vocab_size=300"],
@@ -177,10 +177,12 @@ def test_a_batch_that_the_processes_do_not_divide(run_door: Door, experiment: Pa
     assert re.search(r"exitcode\s*: 2", done.stderr), "the launcher reports our code"
 
 
-def test_fault_20_a_run_directory_of_another_configuration(run_door: Door, experiment: Path, tmp_path: Path) -> None:
-    assert run_door("launch/train.py", f"--config={experiment}", "--train.max_steps=1").returncode == 0
+def test_fault_20_a_run_directory_of_another_configuration(
+    train_here: TrainHere, experiment: Path, tmp_path: Path
+) -> None:
+    assert train_here(f"--config={experiment}", "--train.max_steps=1").returncode == 0
     before = (tmp_path / "run/config.yaml").read_bytes()
-    done = run_door("launch/train.py", f"--config={experiment}", "--train.seq_len=40", "--model.dropout=0.1")
+    done = train_here(f"--config={experiment}", "--train.seq_len=40", "--model.dropout=0.1")
     assert done.returncode == 2
     assert our_lines(done) == [
         f"error: run.directory={tmp_path}/run: holds a run of another configuration (model.dropout is 0.3 there, 0.1 "
