@@ -49,7 +49,7 @@ def covering(factors: list[tuple[str | int, ...]]) -> list[Case]:
 
 
 CASES = covering(list(FACTORS.values()))
-DEFAULT = (4, 6, 7, 10)
+DEFAULT = (0, 4, 6, 7, 9, 10)
 
 
 def test_the_cases_cover_all_pairs() -> None:
