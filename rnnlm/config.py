@@ -286,7 +286,8 @@ class RunConfig:
     grace_seconds: float = changeable(30.0)
     """Time between the signal that ends a run and the kill; a warning tells when saving takes longer."""
     timeout_minutes: float = changeable(10.0)
-    """A process that has done nothing for so long prints its stacks and ends the run; 0: never."""
+    """A process that has done nothing for so long prints its stacks and ends the run; a checkpoint that is still being
+    written is waited for six times as long. 0: never."""
     allow_change: list[str] | str = changeable("")
     """train.seq_len (at any step) or train.global_batch_size (between epochs), to change it when the run goes on.
     A cosine's horizon stays the step it was."""

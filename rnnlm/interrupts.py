@@ -11,7 +11,6 @@ import ctypes
 import faulthandler
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_SECONDS = 1.0
+TELLING_SECONDS = 10.0
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -109,26 +109,30 @@ class Watchdog:
 def give_up(why: str) -> NoReturn:
     """End this process at once, threads that hang as well; say why, and what each of them was doing."""
     rank = os.environ.get("RANK", "0")
+    late = threading.Timer(TELLING_SECONDS, os._exit, (1,))  # nobody may read what is printed, and the pipe be full
+    late.daemon = True
+    late.start()
     try:
-        sys.stderr.flush()
         tell_stacks(f"error: rank {rank} {why}; its stacks:", f"[rank {rank}] ")
     finally:
-        os._exit(1)  # also where nobody reads what is printed
+        os._exit(1)
 
 
 def tell_stacks(heading: str, prefix: str) -> None:
-    """Print the stacks of all threads, a prefix before each line.
+    """Print the stacks of all threads on stderr, a prefix before each line.
 
     faulthandler writes word by word, so ranks that tell at the same time would tear each other's lines: it writes to
     memory (no file: a disk that hangs may be the cause), and each line goes out at once.
     """
-    os.write(sys.stderr.fileno(), f"{heading}\n".encode())
-    if not hasattr(os, "memfd_create"):  # not Linux
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+    stderr = 2  # whatever sys.stderr is now
+    os.write(stderr, f"{heading}\n".encode())
+    try:
+        handle = os.memfd_create("stacks")
+    except (AttributeError, OSError):  # not Linux, or no descriptor is left
+        faulthandler.dump_traceback(stderr, all_threads=True)
         return
-    handle = os.memfd_create("stacks")
-    faulthandler.dump_traceback(file=handle, all_threads=True)
+    faulthandler.dump_traceback(handle, all_threads=True)
     lines = os.pread(handle, os.fstat(handle).st_size, 0).decode(errors="replace").splitlines()
     os.close(handle)
     for line in lines:
-        os.write(sys.stderr.fileno(), f"{prefix}{line}\n".encode())
+        os.write(stderr, f"{prefix}{line}\n".encode())

@@ -89,12 +89,12 @@ class Saver:
             except BaseException as mistake:
                 self._mistake = mistake
 
-        self._thread = threading.Thread(target=write, daemon=False)
+        self._thread = threading.Thread(target=write, name="saving", daemon=False)
         self._thread.start()
         return finished
 
-    def busy(self, patience_seconds: float = 0.0) -> bool:
-        """Whether something is still being written, after so long a wait at most."""
+    def busy(self, patience_seconds: float | None = 0.0) -> bool:
+        """Whether something is still being written, after so long a wait at most; None: wait for ever."""
         if self._thread:
             self._thread.join(patience_seconds)
         return self._thread is not None and self._thread.is_alive()

@@ -198,6 +198,20 @@ class Reading:
         self.ended, _ = ring.place(0, first, last)  # (rows,) ring positions
         self._follows: Tokens | None = None  # (rows,) each row's next token; None: ask the stream
 
+    def go_on(self, ended: Positions, step: int, where: Path) -> None:
+        """Take over where the rows ended before a step, (rows,), as a checkpoint says.
+
+        Raises:
+            UserError: the step begins elsewhere.
+        """
+        expected, _ = self.ring.place(step, self.first, self.last)
+        if not self.ring.is_epoch_start(step) and not np.array_equal(ended, expected):
+            raise UserError(
+                f"{where}: its rows ended at {ended.tolist()}, but step {step} begins at {expected.tolist()}; "
+                "hidden states would be of other text"
+            )
+        self.ended = ended
+
     def check(self, batch: Batch, step: int) -> None:
         """Go on to the end of a batch.
 

@@ -84,6 +84,7 @@ class Trainer:
         self.saved_step, self.saved_at = 0, time.monotonic()
         self.wishes = Wishes(self.device)
         self.watchdog = Watchdog(60 * config.run.timeout_minutes)
+        self.disk_patience = DISK_PATIENCE * self.watchdog.timeout_seconds  # seconds; 0: for ever
         self.preempted = self.wants_save = False
         self.submitted_step = -1  # of the last checkpoint that a run goes on from
         self.stack = ExitStack()  # what is held until the end: the lock, in the main process
@@ -311,20 +312,27 @@ class Trainer:
 
     def wait_for_disk(self) -> None:
         """Until the save before is written: all processes together, so that no watchdog takes the wait for a hang."""
-        begin, patience = time.perf_counter(), DISK_PATIENCE * self.watchdog.timeout_seconds
+        begin, told = time.perf_counter(), False
         while from_main(self.accelerator, lambda: self.saver.busy(patience_seconds=1.0)):
             self.watchdog.beat()
-            if self.metrics and 0 < patience < time.perf_counter() - begin:
-                give_up(
-                    f"has waited {patience:.0f} seconds for a checkpoint to be written ({DISK_PATIENCE} times "
-                    "run.timeout_minutes): the disk hangs, or is too slow"
-                )
-        waited = time.perf_counter() - begin
-        if self.metrics and waited > 1.0 and not (self.finished or self.preempted):
-            self.metrics.say(
-                f"warning: training stood still for {waited:.0f} seconds until the save before this one was written; "
-                "save less often (run.save_every_steps), or on a faster disk"
-            )
+            if self.metrics and not told:
+                advice = "" if self.finished or self.preempted else "; save less often, or on a faster disk"
+                self.metrics.say(f"warning: waiting until the checkpoint before is written{advice}")
+                told = True
+            if self.metrics and self.disk_patience and time.perf_counter() - begin > self.disk_patience:
+                self.give_up_disk()
+
+    def end_saving(self, kind: object = None, error: BaseException | None = None, trace: object = None) -> None:
+        """In the main process, before another life may take the lock: nothing is written any more."""
+        if self.saver.busy(self.disk_patience or None):
+            self.give_up_disk(f"; it was about to end: {error}" if error else "")
+
+    def give_up_disk(self, also: str = "") -> None:
+        """Python itself would wait for a thread that hangs on the disk."""
+        give_up(
+            f"has waited {self.disk_patience:.0f} seconds for a checkpoint to be written ({DISK_PATIENCE} times "
+            f"run.timeout_minutes): the disk hangs, or is too slow{also}"
+        )
 
     def report_saves(self, finished: list[Saved]) -> None:
         """Tell what became of saves that ended; what failed is tried again at the next one's time."""
@@ -369,10 +377,10 @@ class Trainer:
         load_optimizer_tensors(self.raw, self.raw_optimizer, moments)
         if not rows_changed:  # else an epoch begins, and all states with it from zero
             rows = self.ring.substreams
-            whole = {name: torch.empty((rows, *each.shape[1:]), device="meta") for name, each in self.hidden.items()}
+            whole = {name: each.new_empty((rows, each.shape[1]), device="meta") for name, each in self.hidden.items()}
             whole["ended"] = torch.empty(rows, dtype=torch.int64, device="meta")
             own = {name: each[self.first : self.last] for name, each in found.tensors("hidden", whole).items()}
-            self.reading.ended = own.pop("ended").numpy()
+            self.reading.go_on(own.pop("ended").numpy(), state["step"], found.path)
             checkpoint.copy_tensors(self.hidden, own, found.path)
         self.step, self.horizon = state["step"], state["horizon_steps"]
         self.saved_step = self.step
@@ -388,6 +396,7 @@ class Trainer:
         """In the main process: hold the directory, then look at it."""
         note = self.directory / "holder"
         self.stack.enter_context(locked(self.directory, note, "run", patience_seconds=LOCK_PATIENCE_SECONDS))
+        self.stack.push(self.end_saving)
         return claim(self.config, self.train_stream, self.tokenizer)
 
     def open_metrics(self) -> None:

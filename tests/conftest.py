@@ -13,6 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -173,7 +174,12 @@ def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainHere:
         monkeypatch.setattr(sys, "argv", command)
         out, errors = StringIO(), StringIO()
         try:
-            with redirect_stdout(out), redirect_stderr(errors), pytest.raises(SystemExit) as ended:
+            with (
+                patch.dict(os.environ, environment(), clear=True),
+                redirect_stdout(out),
+                redirect_stderr(errors),
+                pytest.raises(SystemExit) as ended,
+            ):
                 config.run_door(main)
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)

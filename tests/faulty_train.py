@@ -1,4 +1,4 @@
-"""launch/train.py with a fault built in, for tests: `faulty_train.py FAULT VALUE options...`.
+"""launch/train.py with a fault built in, for tests: `faulty_train.py FAULT VALUE options...`; or two: `A+B 1+2`.
 
 kill N: SIGKILL to every process when it has done N steps.   saving N: the same at the Nth operation on disk of a save.
 nan N, grad N: the loss, or one gradient, of the last process is not finite at step N, and at the 3 after it if N < 0.
@@ -215,6 +215,7 @@ def touches(value: int) -> None:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](int(sys.argv[2]))
+    for fault, value in zip(sys.argv[1].split("+"), sys.argv[2].split("+"), strict=True):
+        globals()[fault](int(value))
     del sys.argv[1:3]
     run_door(train.main)

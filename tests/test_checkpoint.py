@@ -435,8 +435,17 @@ def test_fault_30_tensors_of_other_shapes_are_refused_before_they_are_used(
     found = load(root / "step-00000002")
     tensors = {part: found.tensors(part) for part in ("model", "optimizer", "hidden")}
     moment = next(name for name in tensors["optimizer"] if name.endswith("exp_avg"))
-    for part, name, other in (("optimizer", moment, torch.zeros(1)), ("hidden", "layer0.h", torch.zeros(17, 16))):
-        save(root, "step-00000002", {**tensors, part: {**tensors[part], name: other}}, found.state)
+    elsewhere = tensors["hidden"]["ended"] + 10**15
+    for part, name, other in (
+        ("optimizer", moment, torch.zeros(1)),
+        ("optimizer", moment, None),
+        ("hidden", "layer0.h", torch.zeros(17, 16)),
+        ("hidden", "ended", None),
+        ("hidden", "ended", elsewhere),
+    ):
+        changed = {key: value for key, value in tensors[part].items() if key != name}
+        changed |= {} if other is None else {name: other}
+        save(root, "step-00000002", {**tensors, part: changed}, found.state)
         done = train_here(f"--config={experiment}", "--train.max_steps=3")
         assert done.returncode == 2, done.stderr
         assert name in done.stderr

@@ -98,7 +98,7 @@ def test_fault_01_killed_at_any_place_it_goes_on_bit_for_bit(
 def test_fault_01_the_scaling_of_fp16_losses_goes_on_bit_for_bit(
     run_door: Door, experiment: Path, tmp_path: Path
 ) -> None:
-    """On a CPU, with the layers in real fp16 and PyTorch's own scaler; a GPU does the same in test_gpu.py."""
+    """On a CPU, with the layers in real fp16 and PyTorch's own scaler."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     options = (f"--config={experiment}", "--train.max_steps=30", "--train.epochs=3", "--run.log_every_steps=1")
     done = run_door(FAULTY, "half", "0", *options, f"--run.directory={whole}")

@@ -29,7 +29,10 @@ FAULTS = (  # the number of a fault never changes: tests and messages of commits
     ("saving takes longer than the grace period", "a warning, as soon as one save did"),
     ("a second signal, Ctrl-C twice", "stops at once; files are whole"),
     ("one rank raises an error", "all stop, the cause is printed once, exit code not 0"),
-    ("one rank hangs", "all stop within run.timeout_minutes, with stacks"),
+    (
+        "one rank hangs",
+        "all stop within run.timeout_minutes, with stacks; a disk that hangs is given six times as long",
+    ),
     ("a loss or gradient is not finite", "the step is skipped and counted; many in a row end the run; none is saved"),
     ("the hidden state of one substream is not finite", "it alone starts from zero, and is counted"),
     ("the loss jumps", "on request, steps beyond k sigma are skipped"),
