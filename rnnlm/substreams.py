@@ -208,7 +208,7 @@ class Reading:
         if not self.ring.is_epoch_start(step) and not np.array_equal(ended, expected):
             raise UserError(
                 f"{where}: its rows ended at {ended.tolist()}, but step {step} begins at {expected.tolist()}; "
-                "hidden states would be of other text"
+                "hidden states would be of other text; go on with the code that wrote it, or from another checkpoint"
             )
         self.ended = ended
 
