@@ -1,8 +1,7 @@
-"""The training loop.
+"""The training loop: one life of a run, which resumes, steps, logs, scores, saves, and ends.
 
-A step is one window of every substream and one update. Its gradient is that of sum(loss) / (S * seq_len), a constant,
-so a token weighs the same in every step, on every rank, in every micro-batch. What a run does next is a pure function
-of what a checkpoint holds: data, masks and learning rate are arithmetic on the step.
+What a run does next is a pure function of what a checkpoint holds: data, masks and learning rate are arithmetic on the
+step, and all else that a step changes is in `learner.py`.
 """
 
 from __future__ import annotations
@@ -12,35 +11,25 @@ import os
 import sys
 import time
 from collections.abc import Generator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
 
 from rnnlm import checkpoint
-from rnnlm.cells import Hidden
 from rnnlm.claim import Claim, check_alike, claim, fingerprint, mark, state_of, versions
 from rnnlm.config import Config, RunError, UserError, as_list
 from rnnlm.evaluate import exp
 from rnnlm.generate import continuations
-from rnnlm.health import Health
 from rnnlm.interrupts import Interrupts, Watchdog, give_up
+from rnnlm.learner import Learner
 from rnnlm.lock import locked
-from rnnlm.metrics import IntervalLoss, Metrics, Stopwatch, peak_memory_bytes
-from rnnlm.model import RecurrentLM
-from rnnlm.optim import (
-    ValidationMemory,
-    build_optimizer,
-    expected_optimizer_tensors,
-    learning_rate,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
-from rnnlm.processes import TreeSum, Wishes, end, everyones, from_main, start_accelerator
+from rnnlm.metrics import Metrics, Stopwatch, peak_memory_bytes
+from rnnlm.optim import ValidationMemory, learning_rate
+from rnnlm.processes import Wishes, end, everyones, from_main, start_accelerator
 from rnnlm.saving import Saved, Saver
 from rnnlm.score import score
 from rnnlm.substreams import Batch, Reading, SubstreamDataset, loader, open_ring, open_streams, share
-from rnnlm.tensorfile import Tensors
 
 PREEMPTED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
 DISK_PATIENCE = 6  # times run.timeout_minutes, so an hour: a disk may be slow where a process may not
@@ -67,18 +56,12 @@ class Trainer:
         self.processes, self.process = self.accelerator.num_processes, self.accelerator.process_index
         self._check_alike()
         self.first, self.last = share(config, self.process, self.processes)
-        raw = RecurrentLM(config.model, manifest.vocab_size, config.train.seed, config.train.loss_chunk_tokens)
-        self.raw = raw.to(self.device)  # without DDP and autocast: for evaluation, generation, saving
-        self.raw_optimizer = build_optimizer(self.raw, config.optim)
-        self.model, self.optimizer = self.accelerator.prepare(self.raw, self.raw_optimizer)
-        self.rows = torch.arange(self.first, self.last, device=self.device)
-        self.hidden: Hidden = self.raw.zero_hidden(self.last - self.first)
+        self.learner = Learner(config, manifest.vocab_size, self.accelerator, self.first, self.last)
         self.reading = Reading(self.train_stream, self.ring, self.first, self.last)
         self.memory = ValidationMemory()
         self.step = 0  # updates done, and so the data position
         self.horizon = config.optim.horizon_steps or self.total_steps
-        self.interval, self.clock, self.health = IntervalLoss(self.device), Stopwatch(), Health(self.device)
-        self.gradient_norm = torch.zeros((), device=self.device)
+        self.clock = Stopwatch()
         self.save_error = ""  # of the last save that failed
         self.saver = Saver(self.directory / "checkpoints", config.run.keep_last, config.run.keep_every_steps)
         self.saved_step, self.saved_at = 0, time.monotonic()
@@ -89,7 +72,6 @@ class Trainer:
         self.submitted_step = -1  # of the last checkpoint that a run goes on from
         self.stack = ExitStack()  # what is held until the end: the lock, in the main process
         self.metrics: Metrics | None = None  # in the main process alone
-        self._settle()
 
     def fit(self) -> int:
         """Train to the end; the same call after any kind of death goes on where the newest checkpoint stands.
@@ -158,61 +140,9 @@ class Trainer:
             del source  # ends its threads, or the workers of a loader put in its place
 
     def train_step(self, batch: Batch) -> None:
-        """Forward, backward, clip, update: one window of every substream of this process."""
-        inputs, targets = batch.to(self.device)  # (B, T) each
-        if self.ring.is_epoch_start(self.step):
-            self.hidden = self.raw.zero_hidden(self.last - self.first)
-        step = torch.full((), self.step, device=self.device)  # int64, filled on the device: no copy to wait for
-        tree = TreeSum() if self.config.train.exact_slices else None
-        # a mean over substreams and time; DDP averages over processes: times their number it is a sum
-        scale = (1 if tree else self.processes) / (self.ring.substreams * self.ring.seq_len)
-        after: list[Hidden] = []
-        size = (self.last - self.first) // self.parts
-        before = self.interval.sums.clone()
-        for start in range(0, self.last - self.first, size):  # micro-batches of substreams, never of time
-            own = slice(start, start + size)
-            hidden = {name: state[own] for name, state in self.hidden.items()}
-            is_last = own.stop == self.last - self.first
-            with nullcontext() if is_last and not tree else self.accelerator.no_sync(self.model):
-                loss, count, hidden = self.model(inputs[own], hidden, targets[own], step, self.rows[own])
-                poison = loss.detach() * 0  # NaN where the loss is not finite, and then so is the gradient of all ranks
-                self.accelerator.backward(loss * (scale + poison))
-            if tree:
-                tree.add([parameter.grad for parameter in self.raw.parameters() if parameter.grad is not None])
-                if not is_last:
-                    self.raw_optimizer.zero_grad()
-            self.interval.add(loss.detach(), count)
-            after.append({name: state.detach() for name, state in hidden.items()})
-        if tree:
-            tree.finish([parameter.grad for parameter in self.raw.parameters() if parameter.grad is not None])
-        joined = {name: torch.cat([each[name] for each in after]) for name in self.hidden}
-        self.hidden = self.health.reset_rows(joined)
-        self.update(self.interval.sums - before)
-
-    @property
-    def parts(self) -> int:
-        """Micro-batches of this process in a step."""
-        train = self.config.train
-        return train.exact_slices // self.processes if train.exact_slices else train.accumulation
-
-    def update(self, sums: torch.Tensor) -> None:
-        """Clip, set the learning rate, apply the gradient, unless it is of no use.
-
-        Args:
-            sums: what this step added to the interval's, for the rule of spikes.
-        """
-        optim, sigmas = self.config.optim, self.config.train.skip_spikes_sigmas
-        norm = self.accelerator.clip_grad_norm_(self.raw.parameters(), optim.clip_norm or float("inf"))
-        assert norm is not None
-        self.gradient_norm = norm.detach()
-        loss = IntervalLoss.tensor_mean(self.accelerator.reduce(sums, "sum")) if sigmas else None
-        skip = self.health.judge(self.gradient_norm, loss, sigmas)
-        for group in self.raw_optimizer.param_groups:
-            group["lr"] = learning_rate(optim, self.step, self.horizon, self.memory)
-        if not self.accelerator.scaler:  # fp16's scaler finds out by itself
-            self.raw_optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # the fused kernels then do nothing
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        """One window of every substream of this process, and one update."""
+        rate = learning_rate(self.config.optim, self.step, self.horizon, self.memory)
+        self.learner.learn(batch, self.ring.is_epoch_start(self.step), rate)
         self.step += 1
 
     def log(self) -> None:
@@ -221,33 +151,22 @@ class Trainer:
         Raises:
             RunError: too many steps in a row were skipped.
         """
-        sums = self.accelerator.reduce(self.interval.sums, "sum").tolist()
-        skipped = self.health.check(self.config.train.stop_after_skipped)
-        resets = int(self.accelerator.reduce(self.health.resets.clone(), "sum"))
-        self.interval = IntervalLoss(self.device)
-        tokens = self.ring.targets_before(self.step)
-        loss = IntervalLoss.mean(sums)
+        report, tokens = self.learner.report(), self.ring.targets_before(self.step)
         if self.metrics:
             self.report_saves(self.saver.poll())
-            self.metrics.write(
-                "train",
-                {
-                    "step": self.step,
-                    "tokens": tokens,
-                    "epoch": self.ring.locate(self.step - 1)[0],
-                    "loss": loss,
-                    "ppl": None if loss is None else exp(loss),
-                    "learning_rate": self.raw_optimizer.param_groups[0]["lr"],
-                    "gradient_norm": float(self.gradient_norm),
-                    "skipped_steps": skipped,
-                    "hidden_resets": resets,
-                    "tokens_per_second": (tokens - self.clock.tokens) / self.clock.seconds,
-                    "data_wait_share": self.clock.waited / self.clock.seconds,
-                    "peak_memory_bytes": peak_memory_bytes(self.device),
-                    "processes": self.processes,
-                    "ran_in": self.raw.ran_in,
-                },
-            )
+            line = {
+                "step": self.step,
+                "tokens": tokens,
+                "epoch": self.ring.locate(self.step - 1)[0],
+                **report,
+                "ppl": None if report["loss"] is None else exp(report["loss"]),
+                "tokens_per_second": (tokens - self.clock.tokens) / self.clock.seconds,
+                "data_wait_share": self.clock.waited / self.clock.seconds,
+                "peak_memory_bytes": peak_memory_bytes(self.device),
+                "processes": self.processes,
+                "ran_in": self.learner.raw.ran_in,
+            }
+            self.metrics.write("train", line)
         self.clock.reset(tokens)
 
     def validate(self) -> bool:
@@ -255,7 +174,7 @@ class Trainer:
         if self.valid_stream is None:
             return False
         with self.clock.pause():
-            evaluation = score(self.accelerator, self.raw, self.valid_stream, self.config, self.watchdog.beat)
+            evaluation = score(self.accelerator, self.learner.raw, self.valid_stream, self.config, self.watchdog.beat)
             loss = from_main(self.accelerator, lambda: evaluation.loss)
             best = self.memory.update(loss, self.step, self.config.optim)
             if self.metrics:
@@ -270,7 +189,7 @@ class Trainer:
         if self.tokenizer is None:
             return
         prompts = as_list(self.config.generate.prompts)
-        texts = continuations(self.raw, self.tokenizer, prompts, self.config.generate)
+        texts = continuations(self.learner.raw, self.tokenizer, prompts, self.config.generate)
         if texts and self.metrics:
             self.metrics.sample(self.step, "\n\n".join(f"```text\n{text}\n```" for text in texts.values()))
 
@@ -278,30 +197,20 @@ class Trainer:
         """Copy what a checkpoint holds, leave the writing to a thread; a failing disk costs no more than this one."""
         with self.clock.pause():
             self.wait_for_disk()
-            hidden = {name: self.accelerator.gather(state) for name, state in self.hidden.items()}  # (S, H) each
-            hidden["ended"] = self.accelerator.gather(torch.from_numpy(self.reading.ended).to(self.device))  # (S,)
-            sums = self.accelerator.reduce(self.interval.sums.clone(), "sum").tolist()
-            resets = int(self.accelerator.reduce(self.health.resets.clone(), "sum"))
+            parts, counts = self.learner.tensors(), self.learner.counts()
+            parts["hidden"]["ended"] = self.accelerator.gather(torch.from_numpy(self.reading.ended).to(self.device))
             resumable = self.wants_save or self.due(self.config.run.save_every_steps)
             if resumable:
                 self.submitted_step = self.step
             if not self.metrics:
                 return
-            scaler = self.accelerator.scaler
             state = {
                 "step": self.step,
                 "horizon_steps": self.horizon,
                 "memory": self.memory.to_dict(),
-                "interval": sums,
-                "health": self.health.to_dict(resets),
-                "scaler": scaler.state_dict() if scaler else {},
                 "processes": self.processes,
+                **counts,
                 **state_of(self.config, self.train_stream, self.ring, self.device),
-            }
-            parts: dict[str, Tensors] = {
-                "model": dict(self.raw.named_parameters()),
-                "optimizer": optimizer_tensors(self.raw, self.raw_optimizer),
-                "hidden": hidden,
             }
             with self.metrics.forgiven("metrics.jsonl"):
                 self.metrics.sync()
@@ -370,27 +279,12 @@ class Trainer:
         state, now = found.state, versions(self.device)
         if state["versions"] != now and self.accelerator.is_main_process:
             print(f"warning: saved under {state['versions']}, now {now}: bits may differ", file=sys.stderr)
-        parameters = dict(self.raw.named_parameters())
-        checkpoint.copy_tensors(parameters, found.tensors("model", parameters), found.path)
-        expected = expected_optimizer_tensors(self.raw, self.raw_optimizer)
-        moments = found.tensors("optimizer", expected if state["step"] else None)
-        load_optimizer_tensors(self.raw, self.raw_optimizer, moments)
-        if not rows_changed:  # else an epoch begins, and all states with it from zero
-            rows = self.ring.substreams
-            whole = {name: each.new_empty((rows, each.shape[1]), device="meta") for name, each in self.hidden.items()}
-            whole["ended"] = torch.empty(rows, dtype=torch.int64, device="meta")
-            own = {name: each[self.first : self.last] for name, each in found.tensors("hidden", whole).items()}
-            self.reading.go_on(own.pop("ended").numpy(), state["step"], found.path)
-            checkpoint.copy_tensors(self.hidden, own, found.path)
+        ended = self.learner.restore(found, same_rows=not rows_changed)
+        if ended is not None:
+            self.reading.go_on(ended.numpy(), state["step"], found.path)
         self.step, self.horizon = state["step"], state["horizon_steps"]
         self.saved_step = self.step
         self.memory = ValidationMemory(**state["memory"])
-        is_main = self.accelerator.is_main_process
-        if is_main:  # one process carries what was summed over all
-            self.interval.restore(state["interval"])
-        self.health.restore(state["health"], is_main)
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def _claim(self) -> Claim:
         """In the main process: hold the directory, then look at it."""
@@ -407,7 +301,7 @@ class Trainer:
         self.metrics = Metrics(self.directory, self.config.run, self.step, self.total_steps)
         if self.finished:
             return
-        counts = self.raw.parameter_counts()
+        counts = self.learner.raw.parameter_counts()
         self.metrics.say(
             f"{self.directory}: {self.train_stream.tokens:,} tokens, {self.ring.windows_per_epoch:,} steps an epoch; "
             f"{self.processes} process(es) on {self.device.type}, {self.config.train.precision}; parameters: "
@@ -434,7 +328,7 @@ class Trainer:
                 self.say_preempted()
             else:
                 self.say_finished()
-        del self.model, self.optimizer
+        del self.learner  # and with it what holds the process group
         end(self.accelerator)
         if self.metrics and self.saved_step < self.step and not self.preempted:
             raise RunError(
@@ -452,17 +346,6 @@ class Trainer:
             "type the same command again to go on",
             flush=True,
         )
-
-    def _settle(self) -> None:
-        """Let DDP lay out its buckets, which it does after the first backward pass, before the first step.
-
-        Otherwise the first step of every life would sum its gradients in another order than the same step of an
-        uninterrupted run; from three processes on the bits would differ.
-        """
-        zero = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
-        loss, _, _ = self.model(zero, self.raw.zero_hidden(1), zero, torch.tensor(0, device=self.device), self.rows[:1])
-        loss.backward()
-        self.raw_optimizer.zero_grad()
 
     def say_finished(self) -> None:
         """One paragraph for the person at the console."""

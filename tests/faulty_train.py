@@ -55,7 +55,7 @@ def masks(value: int) -> None:
 
     def init(self: Trainer, *arguments: Any) -> None:
         honest(self, *arguments)
-        self.rows = torch.arange(self.last - self.first, device=self.device)
+        self.learner.rows = torch.arange(self.last - self.first, device=self.device)
 
     Trainer.__init__ = init  # type: ignore[assignment,method-assign]
 
@@ -109,14 +109,15 @@ def at_step(step: int, act: Callable[[Trainer], None], times: int = 1, last_only
 
 def factor(self: Trainer, value: float) -> None:
     """Multiply the next loss."""
-    honest = self.model.forward
+    model = self.learner.model
+    honest = model.forward
 
     def forward(*arguments: Any) -> Any:
-        self.model.forward = honest
+        model.forward = honest
         loss, count, hidden = honest(*arguments)
         return loss * value, count, hidden
 
-    self.model.forward = forward
+    model.forward = forward
 
 
 def nan(value: int) -> None:
@@ -129,7 +130,7 @@ def spike(value: int) -> None:
 
 def grad(value: int) -> None:
     def act(self: Trainer) -> None:
-        weight = next(self.raw.parameters())
+        weight = next(self.learner.raw.parameters())
         handle = weight.register_hook(lambda gradient: (handle.remove(), gradient * float("inf"))[1])
 
     at_step(abs(value), act, 4 if value < 0 else 1)
@@ -138,7 +139,7 @@ def grad(value: int) -> None:
 def row(value: int) -> None:
     def act(self: Trainer) -> None:
         if self.first <= 3 < self.last:
-            self.hidden["layer0.h"][3 - self.first, 0] = float("nan")
+            self.learner.hidden["layer0.h"][3 - self.first, 0] = float("nan")
 
     at_step(value, act, last_only=False)
 

@@ -14,7 +14,8 @@ from conftest import ROOT, command, environment
 ORDER = ["config", "lock", "corpus", "tokenizer", "words", "encoder", "stream", "foreign", "units",
          "spill", "workers", "assemble", "build", "substreams", "cells", "loss", "model", "optim",
          "health", "evaluate", "generate", "disk", "tensorfile", "untrusted", "checkpoint", "saving",
-         "claim", "interrupts", "processes", "score", "metrics", "trainer"]  # fmt: skip
+         "claim", "interrupts", "processes", "score", "metrics", "learner",
+         "trainer"]  # fmt: skip
 HOMES = {
     "sentencepiece": "tokenizer",
     "safetensors": "tensorfile",
