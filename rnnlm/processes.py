@@ -148,7 +148,9 @@ def from_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
 
 
 def end(accelerator: Accelerator) -> None:
-    """Leave together, with nothing that still holds the process group: its threads outlive Python otherwise."""
+    """Leave together, once, with nothing that still holds the process group: its threads would abort Python's end."""
+    if accelerator.num_processes > 1 and not dist.is_initialized():
+        return
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     gc.collect()

@@ -31,6 +31,7 @@ def evaluate_run(config: Config) -> Evaluation:
     path = from_main(accelerator, lambda: str(checkpoint.choose(config)))
     model, _, _ = checkpoint.load_model(config, Path(path), accelerator.device)
     if model.vocab_size != stream.manifest.vocab_size:
+        end(accelerator)
         raise UserError(
             f"{stream.directory}: has a vocabulary of {stream.manifest.vocab_size}, the run's model one of "
             f"{model.vocab_size}; adopt the stream with --vocab-size={model.vocab_size}"

@@ -13,6 +13,8 @@ import time
 from collections.abc import Generator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from traceback import clear_frames
+from types import TracebackType
 
 import torch
 
@@ -54,8 +56,7 @@ class Trainer:
         self.accelerator = start_accelerator(config)
         self.device = self.accelerator.device
         self.processes, self.process = self.accelerator.num_processes, self.accelerator.process_index
-        self._check_alike()
-        self.first, self.last = share(config, self.process, self.processes)
+        self.first, self.last = self._share()
         self.learner = Learner(config, manifest.vocab_size, self.accelerator, self.first, self.last)
         self.reading = Reading(self.train_stream, self.ring, self.first, self.last)
         self.memory = ValidationMemory()
@@ -70,7 +71,8 @@ class Trainer:
         self.disk_patience = DISK_PATIENCE * self.watchdog.timeout_seconds  # seconds; 0: for ever
         self.preempted = self.wants_save = False
         self.submitted_step = -1  # of the last checkpoint that a run goes on from
-        self.stack = ExitStack()  # what is held until the end: the lock, in the main process
+        self.stack = ExitStack()  # what is held until the end: processes, and in the main one the lock
+        self.stack.push(self.leave)
         self.metrics: Metrics | None = None  # in the main process alone
 
     def fit(self) -> int:
@@ -314,7 +316,7 @@ class Trainer:
         self.metrics.write("start", {**record, **figures, "versions": versions(self.device)})
 
     def close(self) -> int:
-        """Finish the reports, say where everything is, and leave the other processes in order; the exit code.
+        """Finish the reports, and say where everything is; the exit code.
 
         Raises:
             RunError: the last checkpoint could not be written.
@@ -328,14 +330,19 @@ class Trainer:
                 self.say_preempted()
             else:
                 self.say_finished()
-        del self.learner  # and with it what holds the process group
-        end(self.accelerator)
         if self.metrics and self.saved_step < self.step and not self.preempted:
             raise RunError(
                 f"{self.directory}: the last checkpoint is of step {self.saved_step}, not {self.step} "
                 f"({self.save_error}); mend that, as by making room on the disk, and type the same command again"
             )
         return PREEMPTED if self.preempted else 0
+
+    def leave(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Leave the other processes in order, if all end alike; elsewhere a launcher ends those that wait."""
+        if error is None or isinstance(error, RunError):
+            del self.learner  # and with it, and with what the error still holds of it, what holds the process group
+            clear_frames(trace)
+            end(self.accelerator)
 
     def say_preempted(self) -> None:
         """Leave the marker by which scripts know that the run is to be started again."""
@@ -360,10 +367,12 @@ class Trainer:
             f"to train longer, raise {longer}"
         )
 
-    def _check_alike(self) -> None:
+    def _share(self) -> tuple[int, int]:
+        """This process's substreams, once all processes are known to be alike."""
         prints = everyones(fingerprint(self.config, self.train_stream, self.valid_stream))
         try:
             check_alike(prints)
-        except UserError:
+            return share(self.config, self.process, self.processes)
+        except UserError:  # everyone's
             end(self.accelerator)
             raise
