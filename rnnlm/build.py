@@ -30,9 +30,9 @@ from rnnlm.config import Config, UserError, as_list
 from rnnlm.corpus import Job, Rejected, Source, jobs, read, sources
 from rnnlm.encoder import Encoder
 from rnnlm.lock import locked
-from rnnlm.stream import Manifest, json_digest
+from rnnlm.stream import Manifest, json_digest, write_whole
 from rnnlm.tokenizer import Tokenizer
-from rnnlm.units import write_json, write_unit, write_whole
+from rnnlm.units import write_json, write_unit
 from rnnlm.workers import Workers, dask, pool
 
 _here = threading.local()  # each thread of a worker has an encoder of its own

@@ -22,7 +22,7 @@ import torch
 import rnnlm
 from rnnlm import checkpoint
 from rnnlm.config import TRAINING_SECTIONS, Config, UserError, as_list, differing, dump_yaml, identity, load_yaml
-from rnnlm.stream import TokenStream, json_digest, replace_durably
+from rnnlm.stream import TokenStream, json_digest, write_whole
 from rnnlm.substreams import Origin, Ring
 from rnnlm.tokenizer import Tokenizer
 from rnnlm.untrusted import check_state
@@ -72,7 +72,7 @@ def claim(config: Config, stream: TokenStream, tokenizer: Tokenizer | None) -> C
     files = {"tokenizer.model": tokenizer.model} if tokenizer else {}
     files["config.yaml"] = dump_yaml(config, TRAINING_SECTIONS).encode()
     for name, data in files.items():
-        replace_durably(directory / name, data)
+        write_whole(directory / name, data, alone=True)
     return Claim(str(found.path) if found else None, origin, changed)
 
 
@@ -105,9 +105,8 @@ def _origin(config: Config, state: Mapping[str, Any], stream: TokenStream, chang
 
 def mark(directory: Path, signal_name: str, step: int, saved_step: int) -> None:
     """Say in the run that it was pre-empted and is to be started again."""
-    replace_durably(
-        directory / MARKER, json.dumps({"signal": signal_name, "step": step, "saved_step": saved_step}).encode()
-    )
+    text = json.dumps({"signal": signal_name, "step": step, "saved_step": saved_step})
+    write_whole(directory / MARKER, text.encode(), alone=True)
 
 
 def state_of(config: Config, stream: TokenStream, ring: Ring, device: torch.device) -> dict[str, Any]:

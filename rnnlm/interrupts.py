@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_SECONDS = 1.0
-TELLING_SECONDS = 10.0
+TELLING_SECONDS = 10.0  # for the stacks; then a process ends, told or not
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -109,7 +109,7 @@ class Watchdog:
 def give_up(why: str) -> NoReturn:
     """End this process at once, threads that hang as well; say why, and what each of them was doing."""
     rank = os.environ.get("RANK", "0")
-    late = threading.Timer(TELLING_SECONDS, os._exit, (1,))  # nobody may read what is printed, and the pipe be full
+    late = threading.Timer(TELLING_SECONDS, os._exit, (1,))  # a full pipe that nobody reads takes nothing more
     late.daemon = True
     late.start()
     try:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from rnnlm.config import RunConfig
 from rnnlm.evaluate import exp
-from rnnlm.stream import replace_durably
+from rnnlm.stream import write_whole
 
 FIXED_POINT = 2**20  # losses are summed as integers of this many parts per nat, since integer sums have no order
 LARGEST = 2.0**32  # nats of a micro-batch; above it training has diverged and the integers would overflow
@@ -177,7 +177,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def keep_lines(path: Path, step: int) -> None:
     """Drop the records of steps after `step`; start records stay, they tell the run's history."""
     kept = [r for r in read_lines(path) if r["kind"] == "start" or r["step"] <= step]
-    replace_durably(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode(), alone=True)
 
 
 def keep_samples(path: Path, step: int) -> None:
@@ -186,7 +186,7 @@ def keep_samples(path: Path, step: int) -> None:
         text = path.read_text(encoding="utf-8", errors="replace")  # a kill may have cut a character
         parts = re.split(r"(?m)^(?=## step \d+$)", text)
         kept = [part for part in parts if not (found := re.match(r"## step (\d+)", part)) or int(found[1]) <= step]
-        replace_durably(path, "".join(kept).encode())
+        write_whole(path, "".join(kept).encode(), alone=True)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

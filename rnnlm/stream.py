@@ -166,9 +166,13 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def replace_durably(path: Path, data: bytes) -> None:
-    """Give a file other contents as a whole, in a directory that only this process writes to."""
-    partial = path.with_name(f"{path.name}.partial")
+def write_whole(path: Path, data: bytes, alone: bool = False) -> None:
+    """Write a file under a temporary name, and give it its name when it is on disk.
+
+    Args:
+        alone: nobody else writes there; the temporary name is always the same, so that a kill leaves one at most.
+    """
+    partial = path.with_name(f"{path.name}.partial") if alone else temporary(path)
     write_durably(partial, data)
     partial.replace(path)
 

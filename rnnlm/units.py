@@ -29,7 +29,7 @@ import numpy.typing as npt
 from rnnlm.config import Config
 from rnnlm.corpus import BadRecordError, Document, Item, LongDocument, Rejected, fraction, fraction_of, hashing
 from rnnlm.encoder import Encoder
-from rnnlm.stream import fsync_directory, temporary, write_durably
+from rnnlm.stream import fsync_directory, temporary, write_whole
 
 TOKENS, BYTES, WORDS, TO_VALID, HASH = range(5)  # columns of rows; HASH and the next one with deduplication
 BATCH_BYTES = 2**20  # of documents encoded at once, or
@@ -73,13 +73,6 @@ def rejected_path(path: Path) -> Path:
 def write_json(path: Path, value: Any) -> None:
     """Write a file of JSON as a whole."""
     write_whole(path, json.dumps(value).encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, and give it its name when it is on disk."""
-    partial = temporary(path)
-    write_durably(partial, data)
-    partial.replace(path)
 
 
 @dataclass

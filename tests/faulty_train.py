@@ -7,7 +7,7 @@ hang N, error N: the last process stops, or raises an error, at step N.   slow N
 masks: dropout masks keyed by rank, not by substream.   skip N: from step N on the loader reads one window too far.
 blind: Accelerate is not told that it is on a CPU.   disk N: every file takes N milliseconds more to write.
 clocks N: a step takes N seconds by the clock of process 0 and N thousand by any other's; saves-RANK tells who saved.
-half N: fp16 and the scaling of its losses on a CPU, where Accelerate has neither; and `kill N`, if N is not 0.
+half: fp16 and the scaling of its losses on a CPU, where Accelerate has neither.
 touches: touched-RANK tells what each process did to names and contents in the run's directory, by Python's own audit.
 """
 
@@ -197,8 +197,6 @@ def half(value: int) -> None:
         return accelerator
 
     rnnlm.trainer.start_accelerator = start
-    if value:
-        kill(value)
 
 
 def touches(value: int) -> None:

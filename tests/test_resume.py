@@ -103,7 +103,7 @@ def test_fault_01_the_scaling_of_fp16_losses_goes_on_bit_for_bit(
     options = (f"--config={experiment}", "--train.max_steps=30", "--train.epochs=3", "--run.log_every_steps=1")
     done = run_door(FAULTY, "half", "0", *options, f"--run.directory={whole}")
     assert done.returncode == 0, done.stderr
-    assert run_door(FAULTY, "half", "23", *options).returncode == -9
+    assert run_door(FAULTY, "half+kill", "0+23", *options).returncode == -9
     done = run_door(FAULTY, "half", "0", *options)
     assert done.returncode == 0, done.stderr
     assert [start["step"] for start in records(run, "start")] == [0, 20]
