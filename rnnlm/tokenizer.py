@@ -137,7 +137,8 @@ class StreamDecoder:
         """The text that is certain once `token` has come."""
         data = self._tokenizer._piece_bytes(token)
         if self._at_start and data:
-            data = data.removeprefix(b" ")
+            if self._tokenizer.piece(token).startswith(META):  # a space spelt as a byte stays
+                data = data[1:]
             self._at_start = not data
         return self._utf8.decode(data)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from conftest import make_text
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rnnlm.config import TokenizerConfig, UserError
@@ -42,6 +42,7 @@ def test_no_text_is_unknown_and_streaming_equals_decoding(kind: str, text: str) 
 
 
 @given(st.lists(st.integers(2, 299), max_size=12))
+@example([34])  # <0x20>
 def test_streaming_any_ids_a_model_may_draw(ids: list[int]) -> None:
     for tokenizer in (EXACT, KINDS["bpe"]):
         decoder = tokenizer.decoder()
