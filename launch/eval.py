@@ -9,13 +9,13 @@ The result is printed as one JSON object.
 import json
 import os
 
-from rnnlm.config import read_config, run_door
+from rnnlm.cli import read_config, run_door
 
 
 def main() -> None:
     """Read the run's configuration, evaluate, print."""
     config = read_config(("stream", "model", "train", "eval", "run"), __doc__, of_run=True)
-    from rnnlm.score import evaluate_run  # after --help: torch takes a second to import
+    from rnnlm.train.evaluation import evaluate_run
 
     result = evaluate_run(config)
     if os.environ.get("RANK", "0") == "0":

@@ -6,7 +6,9 @@ python launch/generate.py --run.directory=runs/imdb --generate.samples=3 --gener
 
 import sys
 
-from rnnlm.config import UserError, as_list, read_config, run_door
+from rnnlm.cli import read_config, run_door
+from rnnlm.config import as_list
+from rnnlm.errors import UserError
 
 
 def main() -> None:
@@ -15,8 +17,8 @@ def main() -> None:
     asked = any(argument.startswith("--generate.prompts") for argument in sys.argv[1:])  # the run's own are not
     import torch  # after --help: it takes a second to import
 
-    from rnnlm.checkpoint import choose, load_model
-    from rnnlm.generate import write_continuations
+    from rnnlm.model.generate import write_continuations
+    from rnnlm.train.load import choose, load_model
 
     cuda = torch.cuda.is_available() and config.train.device != "cpu"
     model, tokenizer, found = load_model(config, choose(config), torch.device("cuda" if cuda else "cpu"))

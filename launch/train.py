@@ -8,15 +8,16 @@ Exit codes: 0 done, 75 stopped by SIGTERM, SIGINT or SIGUSR1 (saved, and preempt
 mistake in what was asked. A launcher makes 1 of 75; the marker tells.
 """
 
-from rnnlm.config import TRAINING_SECTIONS, read_config, run_door
-from rnnlm.interrupts import Interrupts
+from rnnlm.cli import read_config, run_door
+from rnnlm.config import TRAINING_SECTIONS
+from rnnlm.train.signals import Interrupts
 
 
 def main() -> int:
     """Read the configuration, then train; the exit code."""
     config = read_config(TRAINING_SECTIONS, __doc__)
     with Interrupts() as interrupts:
-        from rnnlm.trainer import Trainer  # after --help: torch takes a second to import
+        from rnnlm.train.trainer import Trainer
 
         return Trainer(config, interrupts).fit()
 

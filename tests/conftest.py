@@ -22,11 +22,14 @@ from accelerate.state import AcceleratorState
 from hypothesis import settings
 from safetensors.torch import load_file
 
-from rnnlm import config
-from rnnlm.build import Build
+from rnnlm import cli
 from rnnlm.config import Config, CorpusConfig, StreamConfig, TokenizerConfig
-from rnnlm.stream import Manifest, TokenStream, commit, write_array, write_shard
-from rnnlm.tokenizer import Tokenizer, train
+from rnnlm.data.build.build import Build
+from rnnlm.data.stream import TokenStream
+from rnnlm.data.stream_format import Manifest
+from rnnlm.data.stream_writer import commit, write_array, write_shard
+from rnnlm.data.tokenizer import Tokenizer
+from rnnlm.data.tokenizer_training import train
 
 settings.register_profile("untimed", deadline=None)  # machines are noisy, and a slow one is not wrong
 settings.register_profile("long", deadline=None, max_examples=5000)  # pytest --hypothesis-profile=long
@@ -180,7 +183,7 @@ def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainHere:
                 redirect_stderr(errors),
                 pytest.raises(SystemExit) as ended,
             ):
-                config.run_door(main)
+                cli.run_door(main)
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
             torch.set_num_threads(threads)

@@ -8,17 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from rnnlm.config import (
-    TRAINING_SECTIONS,
-    Config,
-    UserError,
-    differing,
-    dump_yaml,
-    field_kinds,
-    load_yaml,
-    nearest,
-    read_config,
-)
+from rnnlm.cli import dump_yaml, load_yaml, read_config
+from rnnlm.config import TRAINING_SECTIONS, Config, field_kinds, nearest
+from rnnlm.errors import UserError
+from rnnlm.train.run import differing
 
 
 def read(*argv: str) -> Config:

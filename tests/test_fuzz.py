@@ -26,12 +26,17 @@ import pytest
 import torch
 from conftest import write_stream
 
-from rnnlm.checkpoint import check_state, load, newest, save
-from rnnlm.config import TRAINING_SECTIONS, Config, UserError, dump_yaml, load_yaml
-from rnnlm.foreign import adopt
-from rnnlm.health import Health
-from rnnlm.stream import HEADER_BYTES, TokenStream, json_digest
-from rnnlm.tokenizer import Tokenizer
+from rnnlm.checkpoint.checkpoint import load, newest, save
+from rnnlm.cli import dump_yaml, load_yaml
+from rnnlm.config import TRAINING_SECTIONS, Config
+from rnnlm.data.adopt import adopt
+from rnnlm.data.stream import TokenStream
+from rnnlm.data.stream_format import HEADER_BYTES
+from rnnlm.data.tokenizer import Tokenizer
+from rnnlm.errors import UserError
+from rnnlm.hashing import json_digest
+from rnnlm.train.guard import Health
+from rnnlm.train.state import check_state
 
 Files = dict[str, bytes]
 MEMORY_BYTES = 2**28

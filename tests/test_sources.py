@@ -6,26 +6,30 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, command, environment
 
-ORDER = ["config", "lock", "corpus", "tokenizer", "words", "encoder", "stream", "foreign", "units",
-         "spill", "workers", "assemble", "build", "substreams", "cells", "loss", "model", "optim",
-         "health", "evaluate", "generate", "disk", "tensorfile", "untrusted", "checkpoint", "saving",
-         "claim", "interrupts", "processes", "score", "metrics", "learner",
-         "trainer"]  # fmt: skip
+ROOMS = ("", "data", "data/build", "model", "checkpoint", "train")  # each imports only from those before it
+GROUND = ("errors", "hashing", "files", "config", "cli")
+ALONE = {"checkpoint"}  # rooms that import from the ground floor alone
+TORCH = {"data/substreams", "model", "checkpoint", "train"}  # where torch may be imported
 HOMES = {
-    "sentencepiece": "tokenizer",
-    "safetensors": "tensorfile",
-    "accelerate": "processes",
-    "wandb": "metrics",
-    "numba": "words",
-    "pyarrow": "corpus",
-    "distributed": "workers",
+    "sentencepiece": "data/tokenizer data/tokenizer_training",
+    "numba": "data/bpe_kernels",
+    "pyarrow": "data/documents",
+    "distributed": "data/build/executor",
+    "safetensors": "checkpoint/safetensors_file",
+    "accelerate": "train/distributed",
+    "wandb": "train/trackers",
 }
-SOURCES = sorted(path for folder in ("rnnlm", "launch", "tools") for path in (ROOT / folder).glob("*.py"))
+PACKAGE = ROOT / "rnnlm"
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
 def imports(path: Path) -> list[str]:
@@ -38,14 +42,76 @@ def imports(path: Path) -> list[str]:
     return names
 
 
-def test_modules_import_only_those_before_them() -> None:
-    modules = {path.stem for path in (ROOT / "rnnlm").glob("*.py")} - {"__init__"}
-    assert modules == set(ORDER)
-    for name in ORDER:
-        for imported in imports(ROOT / "rnnlm" / f"{name}.py"):
-            if found := re.match(r"rnnlm\.(\w+)", imported):
-                inner = found[1] if found[1] in ORDER else None
-                assert inner is None or ORDER.index(inner) < ORDER.index(name), f"{name} imports {imported}"
+def module_of(path: Path) -> str:
+    """A file's name in the package, as data/build/units; of a file outside, its folder and name."""
+    root = PACKAGE if PACKAGE in path.parents else ROOT
+    return path.relative_to(root).with_suffix("").as_posix()
+
+
+def room_of(module: str) -> str:
+    return module.rpartition("/")[0]
+
+
+SOURCES = sources("rnnlm", "launch", "tools")
+MODULES = [module_of(path) for path in sources("rnnlm") if path.name != "__init__.py"]
+
+
+def imported_modules(module: str) -> list[str]:
+    """The package's own modules that one of them imports."""
+    found = []
+    for name in imports(PACKAGE / f"{module}.py"):
+        path = name.removeprefix("rnnlm.").replace(".", "/")
+        if name.startswith("rnnlm."):
+            found += [each for each in MODULES if each == path or each == path.rpartition("/")[0]]
+    return found
+
+
+def order_of(room: str) -> list[str]:
+    """The modules of a room in the order that its __init__.py tells."""
+    if not room:
+        return list(GROUND)
+    text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text()))
+    assert text is not None
+    told = re.search(r"The order: ([\w,\s]+)\.", text)
+    assert told, f"{room}/__init__.py tells no order"
+    return [f"{room}/{name}" for name in re.findall(r"\w+", told[1])]
+
+
+def test_rooms_import_only_from_those_before_them() -> None:
+    """`pytest -s -k rooms` prints the table of arrows."""
+    arrows = Counter[tuple[str, str]]()
+    for module in MODULES:
+        for imported in imported_modules(module):
+            room, other = room_of(module), room_of(imported)
+            arrows[room, other] += 1
+            assert ROOMS.index(other) <= ROOMS.index(room), f"{module} imports {imported}"
+            assert not (room in ALONE and other not in ("", room)), f"{module} imports {imported}"
+
+    print("\nimports of the room at the left from the room above")
+    print(f"{'':12}" + "".join(f"{room or 'ground':>12}" for room in ROOMS))
+    for room in ROOMS:
+        print(f"{room or 'ground':12}" + "".join(f"{arrows[room, other] or '':>12}" for other in ROOMS))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_modules_import_only_those_before_them_in_their_room(room: str) -> None:
+    order = order_of(room)
+    assert sorted(order) == sorted(module for module in MODULES if room_of(module) == room)
+    for module in order:
+        for imported in imported_modules(module):
+            if room_of(imported) == room:
+                assert order.index(imported) < order.index(module), f"{module} imports {imported}"
+
+
+def test_torch_is_imported_only_where_tensors_are() -> None:
+    for module in MODULES:
+        if any(name.split(".")[0] == "torch" for name in imports(PACKAGE / f"{module}.py")):
+            assert any(module == place or module.startswith(f"{place}/") for place in TORCH), module
+
+
+def test_tests_of_sources_see_files_in_folders() -> None:
+    assert PACKAGE / "data/build/units.py" in SOURCES
+    assert len(MODULES) > len(list(PACKAGE.glob("*.py"))), "else only the ground floor is looked at"
 
 
 def test_each_library_has_one_home() -> None:
@@ -54,7 +120,8 @@ def test_each_library_has_one_home() -> None:
             continue
         for imported in imports(path):
             library = imported.split(".")[0]
-            assert HOMES.get(library, path.stem) == path.stem, f"{path.name} imports {imported}"
+            homes = HOMES.get(library, module_of(path)).split()
+            assert module_of(path) in homes, f"{path} imports {imported}"
 
 
 def test_nothing_is_pickled_and_nothing_is_left_for_later() -> None:
@@ -72,7 +139,7 @@ def test_nothing_is_pickled_and_nothing_is_left_for_later() -> None:
 
 
 def test_every_module_says_what_it_is() -> None:
-    for path in [*SOURCES, *(ROOT / "tests").glob("*.py")]:
+    for path in [*SOURCES, *sources("tests")]:
         assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
@@ -86,7 +153,7 @@ def test_tools_never_import_torch(script: Path) -> None:
         f"try:\n    runpy.run_path({str(script)!r}, run_name='__main__')\n"
         "except SystemExit as end:\n    assert not end.code\n"
         "assert 'torch' not in sys.modules\n"
-        "import rnnlm.build, rnnlm.stream, rnnlm.tokenizer\n"
+        "import rnnlm.data.build.build, rnnlm.data.stream, rnnlm.data.tokenizer, rnnlm.data.adopt\n"
         "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run(

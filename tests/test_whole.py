@@ -203,7 +203,7 @@ def test_launched_processes_that_are_not_seen(run_door: Door, experiment: Path, 
         "error: accelerate launch was asked for several processes but started one; "
         "use --config_file launch/cpu.yaml --num_processes 2, which starts them on a CPU"
     ]
-    blind = run_door("tests/faulty_train.py", "blind", "0", f"--config={experiment}", processes=2)
+    blind = run_door("tests/train/faulty_train.py", "blind", "0", f"--config={experiment}", processes=2)
     assert blind.returncode != 0
     assert our_lines(blind) == [
         "error: 2 processes were launched, but each sees 1; "

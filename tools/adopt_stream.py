@@ -17,7 +17,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from rnnlm.config import UserError, run_door
+from rnnlm.cli import run_door
+from rnnlm.errors import UserError
 
 
 def main() -> None:
@@ -30,8 +31,8 @@ def main() -> None:
     parser.add_argument("--eos-id", type=int, help="ends a document; -1: nothing does; default: the tokenizer's")
     parser.add_argument("--tokenizer", type=Path, help="the SentencePiece model that made the tokens, if one did")
     options = parser.parse_args()
-    from rnnlm.foreign import adopt
-    from rnnlm.tokenizer import Tokenizer
+    from rnnlm.data.adopt import adopt
+    from rnnlm.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
     if tokenizer is None and (options.vocab_size is None or options.eos_id is None):

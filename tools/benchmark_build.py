@@ -29,11 +29,13 @@ from typing import Any
 
 import numpy as np
 
-from rnnlm.config import BuildConfig, Config, CorpusConfig, StreamConfig, run_door
-from rnnlm.corpus import Document, jobs, read, sources
-from rnnlm.encoder import Encoder
-from rnnlm.stream import TokenStream
-from rnnlm.tokenizer import Tokenizer
+from rnnlm.cli import run_door
+from rnnlm.config import BuildConfig, Config, CorpusConfig, StreamConfig
+from rnnlm.data.documents import Document, jobs, read
+from rnnlm.data.encoder import Encoder
+from rnnlm.data.sources import sources
+from rnnlm.data.stream import TokenStream
+from rnnlm.data.tokenizer import Tokenizer
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # tiktoken's own for its gpt2
 
@@ -139,7 +141,7 @@ def anonymous(pids: Iterable[int]) -> dict[int, int]:
 
 def build(options: argparse.Namespace) -> dict[str, Any]:
     """A whole build, its speed from the files to the manifest, and the peak of each process's memory."""
-    from rnnlm.build import Build
+    from rnnlm.data.build.build import Build
 
     peaks: dict[int, int] = {}
     ended = threading.Event()

@@ -25,7 +25,7 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rnnlm.config import run_door
+from rnnlm.cli import run_door
 
 LIMIT_MIB = 256
 GROUP_BYTES = 2 * 10**8  # of a row group of parquet

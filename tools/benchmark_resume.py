@@ -24,11 +24,15 @@ from typing import Any
 
 import torch
 
-from rnnlm import checkpoint
-from rnnlm.config import UserError, run_door
-from rnnlm.saving import Saver
-from rnnlm.stream import HEADER_BYTES, Manifest, TokenStream, commit, npy_header, write_array
-from rnnlm.substreams import Ring, SubstreamDataset, loader
+from rnnlm.checkpoint import checkpoint
+from rnnlm.checkpoint.saver import Saver
+from rnnlm.cli import run_door
+from rnnlm.data.ring import Ring
+from rnnlm.data.stream import TokenStream
+from rnnlm.data.stream_format import HEADER_BYTES, Manifest, npy_header
+from rnnlm.data.stream_writer import commit, write_array
+from rnnlm.data.substreams import SubstreamDataset, loader
+from rnnlm.errors import UserError
 
 TRAIN = Path(__file__).resolve().parent.parent / "launch/train.py"
 

@@ -13,14 +13,14 @@ they are there.
 import itertools
 import sys
 
-from rnnlm.config import read_config, run_door
+from rnnlm.cli import read_config, run_door
 
 
 def main() -> None:
     """Read the configuration, build, print what was built."""
     config = read_config(("corpus", "tokenizer", "stream", "build"), __doc__)
-    from rnnlm.build import Build, progress_bar, tokenizer_path
-    from rnnlm.tokenizer import Tokenizer
+    from rnnlm.data.build.build import Build, progress_bar, tokenizer_path
+    from rnnlm.data.tokenizer import Tokenizer
 
     build = Build(config, Tokenizer.load(tokenizer_path(config)))
     if len(build.finished()) == len(build.splits):

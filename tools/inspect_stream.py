@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from rnnlm.config import UserError, run_door
+from rnnlm.cli import run_door
+from rnnlm.errors import UserError
 
 if TYPE_CHECKING:
-    from rnnlm.stream import TokenStream
+    from rnnlm.data.stream import TokenStream
 
 BLOCK = 2**20  # tokens or documents in memory at once
 BAR = 40  # characters of the longest one
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("streams", type=Path, nargs="+", help="directories of streams")
     parser.add_argument("--pieces", type=int, default=20, metavar="N", help="show this many of the most frequent")
     options = parser.parse_args()
-    from rnnlm.stream import TokenStream
+    from rnnlm.data.stream import TokenStream
 
     for directory in options.streams:
         for line in report(TokenStream(directory), options.pieces):

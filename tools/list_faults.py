@@ -70,14 +70,15 @@ def rows_of(name: str) -> set[int]:
 
 def tests(root: Path) -> Iterator[tuple[set[int], str]]:
     """(faults, what the table says) of every test that has some; tests are read, not imported."""
-    for path in sorted((root / "tests").glob("test_*.py")):
+    for path in sorted((root / "tests").rglob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and (rows := rows_of(node.name)):
                 marks = [ast.unparse(each) for each in node.decorator_list]
                 slow = (
                     " (slow)" if "pytest.mark.slow" in marks else " (more cases slow)" if "slow" in str(marks) else ""
                 )
-                yield rows, f"`{path.name}::{node.name}`{slow}"
+                name = path.relative_to(root / "tests").as_posix()
+                yield rows, f"`{name}::{node.name}`{slow}"
 
 
 def main() -> None:

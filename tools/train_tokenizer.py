@@ -9,15 +9,17 @@ already there is kept: to use one of your own, put it there or name it.
 
 from pathlib import Path
 
-from rnnlm.config import UserError, read_config, run_door
+from rnnlm.cli import read_config, run_door
+from rnnlm.errors import UserError
 
 
 def main() -> None:
     """Read the configuration, train on a sample, write the model under its final name last."""
     config = read_config(("corpus", "tokenizer", "stream"), __doc__)
-    from rnnlm.build import progress_bar, tokenizer_path
-    from rnnlm.corpus import sources
-    from rnnlm.tokenizer import Tokenizer, train_on_corpus
+    from rnnlm.data.build.build import progress_bar, tokenizer_path
+    from rnnlm.data.sources import sources
+    from rnnlm.data.tokenizer import Tokenizer
+    from rnnlm.data.tokenizer_training import train_on_corpus
 
     path = Path(tokenizer_path(config))
     if path.exists():

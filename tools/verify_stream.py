@@ -10,7 +10,7 @@ import argparse
 import time
 from pathlib import Path
 
-from rnnlm.config import run_door
+from rnnlm.cli import run_door
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("streams", type=Path, nargs="+", help="directories of streams")
     parser.add_argument("--show", type=int, default=0, metavar="TOKENS", help="decode this many at both ends of shards")
     options = parser.parse_args()
-    from rnnlm.stream import TokenStream
+    from rnnlm.data.stream import TokenStream
 
     for directory in options.streams:
         stream = TokenStream(directory)

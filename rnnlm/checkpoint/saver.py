@@ -1,0 +1,130 @@
+"""Checkpoints written beside the training: it waits for the copy to host memory, not for the disk.
+
+One save is in flight at most: the next one waits for it, so host memory holds one copy. What became of a save, a full
+disk as well, is handed out later as a value, for whoever trains to report and go on; only a mistake in the program is
+raised. The writer is a thread per save and no daemon: Python waits for it at exit, and a save once begun is whole.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnlm.checkpoint import checkpoint
+from rnnlm.checkpoint.safetensors_file import Tensors
+from rnnlm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What became of one save."""
+
+    name: str
+    path: Path | None  # None: there is no whole checkpoint of it
+    error: OSError | UserError | None  # beside a path: older ones could not be deleted
+    bytes: int  # of all its files
+    seconds: float  # of writing, reading back and deleting
+    blocked_seconds: float  # that the caller waited, for the save before and for the copy
+
+
+def host_copy(parts: Mapping[str, Tensors]) -> dict[str, dict[str, Tensor]]:
+    """Copies of the tensors in host memory: what happens to theirs from now on does not matter.
+
+    From CUDA into pinned memory, all at once, then one wait for the device.
+    """
+    copies = {part: {name: _copy(tensor.detach()) for name, tensor in each.items()} for part, each in parts.items()}
+    for device in {tensor.device for each in parts.values() for tensor in each.values() if tensor.is_cuda}:
+        torch.cuda.synchronize(device)
+    return copies
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    # not empty_like, which would keep strides that a checkpoint does not
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+class Saver:
+    """Writes the checkpoints of one directory, one at a time, beside the caller, who alone calls it.
+
+    Args:
+        root: the directory of the checkpoints.
+        keep_last, keep_every_steps: of those called step-<step>, as in checkpoint.prune; of other prefixes one is kept.
+    """
+
+    def __init__(self, root: Path, keep_last: int = 2, keep_every_steps: int = 0):
+        self.root, self.keep_last, self.keep_every_steps = root, keep_last, keep_every_steps
+        self._thread: threading.Thread | None = None
+        self._finished: list[Saved] = []
+        self._mistake: BaseException | None = None
+
+    def submit(self, names: Sequence[str], parts: Mapping[str, Tensors], state: Mapping[str, Any]) -> list[Saved]:
+        """Wait for the save before, copy the tensors, and write them under each of the names, then prune its prefix.
+
+        Args:
+            names: each <prefix>-<step>.
+            parts, state: as in checkpoint.save; `state` must not be changed afterwards.
+
+        Returns:
+            What became of earlier saves and was not yet handed out.
+        """
+        begin = time.perf_counter()
+        finished = self.wait()
+        copies = host_copy(parts)
+        blocked = time.perf_counter() - begin
+
+        def write() -> None:
+            try:
+                # what a run goes on from comes last: after a kill before it, the others are made again
+                for name in sorted(names, key=lambda name: name.startswith("step-")):
+                    self._finished.append(self._save(name, copies, state, blocked))
+            except BaseException as mistake:
+                self._mistake = mistake
+
+        self._thread = threading.Thread(target=write, name="saving", daemon=False)
+        self._thread.start()
+        return finished
+
+    def busy(self, patience_seconds: float | None = 0.0) -> bool:
+        """Whether something is still being written, after so long a wait at most; None: wait for ever."""
+        if self._thread:
+            self._thread.join(patience_seconds)
+        return self._thread is not None and self._thread.is_alive()
+
+    def poll(self) -> list[Saved]:
+        """What became of saves that are finished and was not yet handed out; does not wait."""
+        return [] if self.busy() else self.wait()
+
+    def wait(self) -> list[Saved]:
+        """Wait until nothing is being written; returns what became of it and was not yet handed out."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        mistake, self._mistake = self._mistake, None
+        if mistake:
+            raise mistake
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _save(self, name: str, parts: Mapping[str, Tensors], state: Mapping[str, Any], blocked: float) -> Saved:
+        begin, size, prefix = time.perf_counter(), 0, name.rpartition("-")[0]
+        kept = (self.keep_last, self.keep_every_steps) if prefix == "step" else (1, 0)
+        path: Path | None = None
+        error: OSError | UserError | None = None
+        try:
+            path = checkpoint.save(self.root, name, parts, state)
+            size = sum(file.stat().st_size for file in path.iterdir())
+            checkpoint.prune(path, prefix, *kept)
+        except UserError as found:  # not finite, or not what was written when it was read back
+            path, error = None, found
+        except OSError as found:
+            error = found
+        return Saved(name, path, error, size, time.perf_counter() - begin, blocked)

@@ -1,0 +1,88 @@
+"""Compressed files as bytes, with every damage seen."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import zlib
+from collections.abc import Iterator
+from typing import IO
+
+from rnnlm.data.sources import Source, is_streamed
+from rnnlm.errors import UserError
+
+CHUNK_BYTES = 2**20  # read at once
+
+
+class DamagedError(Exception):
+    """A file that ends in the middle or makes no sense."""
+
+
+def read_chunks(source: Source, offset: int = 0) -> Iterator[bytes]:
+    """The decompressed bytes of a file, from an offset on if it is not compressed.
+
+    Raises:
+        DamagedError: the file is damaged, or ends in the middle.
+        UserError: it cannot be read, or vanished.
+    """
+    try:
+        if not source.size and is_streamed(source):
+            raise EOFError("it is empty")
+        with source.open() as raw:
+            if offset:
+                raw.seek(offset)
+            yield from _reader(raw, source.path)
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, ValueError) as error:
+        raise DamagedError(f"cannot be read to its end: {error}") from error
+    except OSError as error:
+        raise UserError(f"{source.path}: cannot be read ({error.strerror or error})") from error
+
+
+def _reader(raw: IO[bytes], path: str) -> Iterator[bytes]:
+    if path.endswith(".zst"):
+        yield from _zstd(raw)
+    elif path.endswith(".gz"):
+        with gzip.GzipFile(fileobj=raw) as file:
+            yield from iter(lambda: file.read1(CHUNK_BYTES), b"")
+    elif path.endswith(".xz"):
+        yield from _xz(raw)
+    else:
+        yield from iter(lambda: raw.read(CHUNK_BYTES), b"")
+
+
+def _xz(raw: IO[bytes]) -> Iterator[bytes]:
+    """All streams of an .xz file; the library's own reader takes a damaged one behind the first for the end."""
+    data, stream = b"", None
+    while data or (data := raw.read(CHUNK_BYTES)):
+        if stream is None and not (data := data.lstrip(b"\0")):  # padding between streams
+            continue
+        stream = stream or lzma.LZMADecompressor()
+        chunk, data = stream.decompress(data, CHUNK_BYTES), b""
+        while chunk:
+            yield chunk
+            chunk = b"" if stream.eof or stream.needs_input else stream.decompress(b"", CHUNK_BYTES)
+        if stream.eof:
+            data, stream = stream.unused_data, None
+    if stream is not None:
+        raise EOFError("the last xz stream is cut short")
+
+
+def _zstd(raw: IO[bytes]) -> Iterator[bytes]:
+    """All frames of a .zst file; the library's own reader takes a cut frame for the end of the file."""
+    import zstandard
+
+    data, frame, size = b"", None, 512
+    while data or (data := raw.read(CHUNK_BYTES)):
+        frame = frame or zstandard.ZstdDecompressor().decompressobj()
+        try:
+            chunk = frame.decompress(data[:size])
+        except zstandard.ZstdError as error:
+            raise ValueError(str(error)) from error
+        data = data[size:]
+        if frame.eof:
+            data, frame = frame.unused_data + data, None
+        yield from (chunk[start : start + CHUNK_BYTES] for start in range(0, len(chunk), CHUNK_BYTES))
+        # what makes about a megabyte: a few bytes may hold a thousand times as many
+        size = min(max(64, size * CHUNK_BYTES // max(1, len(chunk))), 2**17)
+    if frame is not None:
+        raise EOFError("the last zstd frame is cut short")

@@ -1,0 +1,126 @@
+"""The manifest of a stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rnnlm.errors import UserError
+from rnnlm.hashing import json_digest
+
+FORMAT = "rnnlm-stream"
+VERSION = 2
+HEADER_BYTES = 128  # numpy pads headers to 64; ours always fit into 128
+MANIFEST_BYTES = 2**26  # no manifest is larger: 10,000 shards take 2 MB
+
+
+class StreamError(UserError):
+    """A stream that is missing, damaged, or not what its manifest says."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What stream.json holds; `digest` is the sha256 of the rest and stands for the whole stream."""
+
+    dtype: str
+    vocab_size: int
+    eos_id: int
+    tokenizer: str  # sha256 of tokenizer.model; empty: adopted without one
+    tokens: int
+    documents: int
+    text_bytes: int  # 0: unknown, as are the words, in an adopted stream
+    words: int
+    unknown_tokens: int  # always 0 with byte fallback; a foreign tokenizer may lose text
+    records: Mapping[str, int]  # read = kept + empty + duplicate + rejected, each rejection under its reason
+    mended: int  # of those kept: documents with U+FFFD in place of invalid UTF-8
+    source: Mapping[str, Any]  # what it was built from: same source, same stream
+    shards: list[dict[str, Any]]  # name, tokens, sha256
+    documents_sha256: str
+    rejected_sha256: str  # of rejected.jsonl; empty if there is none
+    digest: str = ""
+
+    @property
+    def eos_tokens(self) -> int:
+        """EOS tokens in the stream: one per document, except where an adopted stream says how many it found."""
+        return int(self.source.get("eos_tokens", self.documents))
+
+    def to_json(self) -> str:
+        """The manifest as text, its digest in it."""
+        body = {"format": FORMAT, "version": VERSION, **self.__dict__}
+        del body["digest"]
+        return json.dumps({**body, "digest": json_digest(body)}, indent=1)
+
+    @classmethod
+    def read(cls, directory: str | Path) -> Manifest:
+        """The manifest of a stream.
+
+        Raises:
+            StreamError: no stream there, an unknown format, or a manifest whose own digest differs.
+        """
+        path = Path(directory) / "stream.json"
+        try:
+            if path.stat().st_size > MANIFEST_BYTES or not path.is_file():  # to open a pipe would wait for its writer
+                raise StreamError(f"{path}: larger than any manifest, or no file; build the stream again")
+            text = path.read_text(encoding="utf-8")
+            body = json.loads(text)
+            if not isinstance(body, dict):
+                raise ValueError("no object")
+            spelled = json_digest({key: value for key, value in body.items() if key != "digest"})
+        except OSError as error:
+            raise StreamError(f"{path}: {error.strerror}; build the stream with tools/build_stream.py") from error
+        except (ValueError, RecursionError) as error:
+            raise StreamError(f"{path}: not JSON ({error}); build the stream again") from error
+        if (body.pop("format", None), body.pop("version", None)) != (FORMAT, VERSION):
+            raise StreamError(f"{path}: not a stream of format {FORMAT} version {VERSION}; build it again")
+        digest = body.pop("digest", None)
+        if digest != spelled:
+            raise StreamError(f"{path}: was changed since it was written (its digest differs); build the stream again")
+        if wrong := _wrong_field(body):
+            raise StreamError(f"{path}: its {wrong} is not what a stream has; build the stream again")
+        manifest = cls(**body, digest=digest)
+        if manifest.to_json() != text:
+            raise StreamError(
+                f"{path}: was changed since it was written (its spelling differs); build the stream again"
+            )
+        return manifest
+
+
+def _wrong_field(body: Mapping[str, Any]) -> str:
+    """The first field of a manifest that is missing, unknown, or of a type or size that no stream has; or nothing."""
+    counts = ("vocab_size", "tokens", "documents", "text_bytes", "words", "unknown_tokens", "mended")
+    rules: dict[str, Callable[[Any], bool]] = {
+        **dict.fromkeys(counts, _is_count),
+        **dict.fromkeys(("tokenizer", "documents_sha256", "rejected_sha256"), lambda value: isinstance(value, str)),
+        "dtype": lambda value: value in ("|u1", "<u2", "<u4", "<u8"),
+        "eos_id": lambda value: value == -1 or _is_count(value),
+        "records": lambda value: isinstance(value, dict) and "read" in value and all(map(_is_count, value.values())),
+        "source": lambda value: isinstance(value, dict) and _is_count(value.get("eos_tokens", 0)),
+        "shards": lambda value: isinstance(value, list) and len(value) > 0 and all(map(_is_shard, value)),
+    }
+    return next((repr(name) for name in {**body, **rules} if name not in body or name not in rules
+                 or not rules[name](body[name])), "")[:100]  # fmt: skip
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**60  # sizes in bytes fit into 64 bits
+
+
+def _is_shard(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and {*value} == {"name", "tokens", "sha256"}
+        and isinstance(value["name"], str)
+        and isinstance(value["sha256"], str)
+        and _is_count(value["tokens"])
+        and value["tokens"] > 0
+    )
+
+
+def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """A version 1.0 `.npy` header of exactly HEADER_BYTES bytes."""
+    text = repr({"descr": dtype, "fortran_order": False, "shape": shape}).encode("latin1")
+    text = text.ljust(HEADER_BYTES - 11) + b"\n"
+    return b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + text

@@ -1,0 +1,157 @@
+"""Durable files: nothing half-written has a final name; one writer in a directory."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import stat
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+
+from rnnlm.errors import RunError
+
+DELETED = ".deleted"  # the suffix of what is being deleted; no reader takes it
+
+
+def write(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
+    """Write a file and wait until its bytes are on disk; its name is after `sync` of its directory."""
+    with path.open("wb") as file:
+        for block in blocks:
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(directory: Path) -> None:
+    """Wait until the names in a directory are on disk."""
+    fsync_directory(directory)
+
+
+def rename(path: Path, target: Path) -> None:
+    """Give another name in the same directory; it is on disk after `sync` of that directory."""
+    path.rename(target)
+
+
+def unlink(path: Path) -> None:
+    """Remove a file or a link."""
+    path.unlink()
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and the missing ones above it, these durably; its own name is so after `sync` of its parent."""
+    if not path.parent.is_dir():
+        make_directory(path.parent)
+        sync(path.parent.parent)
+    path.mkdir(exist_ok=True)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and all in it, one name after the other; nothing happens where there is none."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    for entry in sorted(path.iterdir()):
+        remove_tree(entry) if entry.is_dir() and not entry.is_symlink() else unlink(entry)
+    path.rmdir()
+
+
+def delete(path: Path) -> None:
+    """Delete a directory such that no crash leaves a part of it under its name."""
+    doomed = path.with_name(path.name + DELETED)
+    remove_tree(doomed)
+    rename(path, doomed)
+    sync(path.parent)  # else a power loss could keep the name and lose some of the files
+    remove_tree(doomed)
+
+
+def open_regular(path: Path) -> tuple[BufferedReader, int]:
+    """A file opened for reading, and its size in bytes.
+
+    Raises:
+        OSError: it is not there, a symbolic link, or not a regular file (opening a pipe would wait for its writer).
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise OSError(f"{path}: not a regular file")
+    return os.fdopen(handle, "rb"), status.st_size
+
+
+def fsync_directory(path: Path) -> None:
+    """Make names in a directory durable; a rename is on disk only after this."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_whole(path: Path, data: bytes, alone: bool = False) -> None:
+    """Write a file under a temporary name, and give it its name when it is on disk.
+
+    Args:
+        alone: nobody else writes there; the temporary name is always the same, so that a kill leaves one at most.
+    """
+    partial = path.with_name(f"{path.name}.partial") if alone else temporary(path)
+    write_durably(partial, data)
+    partial.replace(path)
+
+
+def temporary(path: Path) -> Path:
+    """A hidden name beside `path` that no other process on any machine takes."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+@contextmanager
+def locked(directory: Path, note: Path, what: str, shared: bool = False, patience_seconds: float = 0) -> Iterator[None]:
+    """Hold a directory, made if it is not there, against every other process.
+
+    Args:
+        note: file that names the holder while there is one alone.
+        what: "build" or "run", for the error.
+        shared: together with others who say so too.
+        patience_seconds: how long to wait for it: who was killed a moment ago may not be gone yet.
+
+    Raises:
+        RunError: someone else holds it, with what its note says.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        _take(directory, handle, note, what, shared, time.monotonic() + patience_seconds)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        if not shared:
+            note.write_text(f"{socket.gethostname()}, process {os.getpid()}, {time.ctime()}")
+        try:
+            yield
+        finally:
+            note.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def _take(directory: Path, handle: int, note: Path, what: str, shared: bool, until: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > until:
+                found = note.read_text() if note.is_file() else "it shares the directory with others"
+                raise RunError(f"{directory}: another {what} is working there ({found}); wait for it") from error
+        except OSError:  # a file system without locks
+            return None
+        time.sleep(0.1)

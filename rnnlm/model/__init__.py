@@ -1,0 +1,4 @@
+"""Tokens to loss: layers, head, and what a trained model does.
+
+The order: precision, dropout, layers, heads, language_model, generate, evaluate.
+"""

@@ -1,0 +1,112 @@
+"""Evaluation: loss, perplexities and bits per byte of a stream, with carried hidden state.
+
+The stream's ring is cut into `batch_size` substreams, so every token is scored once, the very first one after the last
+EOS. Work is dealt out in blocks of a fixed shape, and losses are summed in fp64, row by row, in one order: the result
+depends on `batch_size` alone, to the last bit on one kind of machine, not on the number of processes or on the windows
+of training. The price: more processes than blocks have nothing to do, and small blocks use a large GPU less than fully.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnlm.data.ring import Ring
+from rnnlm.data.stream import TokenStream
+from rnnlm.data.substreams import SubstreamDataset
+from rnnlm.model.language_model import RecurrentLM
+
+BLOCK_ROWS = 16  # substreams computed together; part of what makes results comparable, so not an option
+WINDOW = 64  # tokens at once, likewise
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on a stream; `nats` is the loss summed over the `scored_tokens`."""
+
+    nats: float
+    scored_tokens: int
+    words: int | None  # separated by white space; a document's end counts as one where EOS does; None: unknown
+    text_bytes: int | None  # UTF-8 bytes of the original text, before any normalisation, EOS not counted
+    documents: int
+    count_eos: bool
+    batch_size: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.scored_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """All counts and figures: loss (nats per token), perplexities per token and word, bits per byte.
+
+        None for those of words and bytes where the stream does not know its text.
+        """
+        figures = {
+            "loss": self.loss,
+            "token_perplexity": exp(self.loss),
+            "word_perplexity": exp(self.nats / self.words) if self.words else None,
+            "bits_per_byte": self.nats / math.log(2) / self.text_bytes if self.text_bytes else None,
+        }
+        return {**figures, **asdict(self)}
+
+
+def exp(x: float) -> float:
+    """e ** x, infinite where that exceeds a float."""
+    return math.exp(x) if x < 709 else math.inf
+
+
+def evaluate(
+    model: RecurrentLM,
+    stream: TokenStream,
+    batch_size: int,
+    count_eos: bool,
+    process: int = 0,
+    processes: int = 1,
+    gather: Callable[[Tensor], Tensor] = lambda sums: sums,
+    beat: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Score a stream in the model's own precision (fp32), without dropout.
+
+    Args:
+        batch_size: substreams; fewer where the stream has fewer tokens.
+        count_eos: whether ends of documents are scored and counted.
+        process, processes: this process takes blocks process, process + processes, ...
+        gather: adds up a (batch_size,) fp64 tensor over the processes; in each all rows but its own are zero.
+        beat: called after every batch, and as often by processes that have none left.
+    """
+    rows = min(batch_size, len(stream))
+    ring = Ring(len(stream), rows, WINDOW)
+    device = model.embedding.weight.device
+    sums = torch.zeros(rows, dtype=torch.float64, device=device)
+    for turn in range(0, rows, processes * BLOCK_ROWS):
+        first = turn + process * BLOCK_ROWS
+        if first >= rows:
+            for _ in range(ring.windows_per_epoch):
+                beat()
+            continue
+        last = min(first + BLOCK_ROWS, rows)
+        hidden = model.zero_hidden(last - first)
+        for batch in SubstreamDataset(stream, ring, first, last, 0, ring.windows_per_epoch):
+            inputs, targets = batch.to(device)
+            if not count_eos:
+                targets = targets.masked_fill(targets == stream.manifest.eos_id, -1)
+            losses, hidden = model.token_losses(inputs, hidden, targets)
+            sums[first:last] += losses.double().sum(dim=1)
+            beat()
+    manifest = stream.manifest
+    ends = manifest.eos_tokens if count_eos else 0
+    return Evaluation(
+        nats=math.fsum(gather(sums).tolist()),
+        scored_tokens=manifest.tokens - (0 if count_eos else manifest.eos_tokens),
+        words=manifest.words + ends if manifest.text_bytes else None,
+        text_bytes=manifest.text_bytes or None,
+        documents=manifest.documents,
+        count_eos=count_eos,
+        batch_size=batch_size,
+    )

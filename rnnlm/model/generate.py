@@ -1,0 +1,126 @@
+"""Text from the model: prompts warm up the hidden state, then tokens are drawn one at a time.
+
+All samples of all prompts advance as one batch, each from the state at its own prompt's end. A draw is a hash of
+(seed, prompt, sample, place), so a sample is the same whatever else is in the batch. The price: a sample that has
+ended keeps its row of the batch until the last one ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TextIO
+
+import torch
+from torch import Tensor
+
+from rnnlm.config import GenerateConfig
+from rnnlm.data.tokenizer import Tokenizer
+from rnnlm.model.dropout import hashed_bits, mix
+from rnnlm.model.language_model import RecurrentLM
+from rnnlm.model.layers import Hidden
+
+SITE = 0x67656E  # keeps these draws apart from dropout's
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that became certain: of which prompt, of which of its samples."""
+
+    prompt: int
+    sample: int
+    text: str
+
+
+def generate(model: RecurrentLM, tokenizer: Tokenizer, prompts: list[str], config: GenerateConfig) -> Iterator[Piece]:
+    """Continue each prompt `config.samples` times; pieces of text come as they are made.
+
+    A prompt is read like the beginning of a document, after an EOS; the empty prompt starts a new document.
+    """
+    contexts = [[tokenizer.eos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    device = model.embedding.weight.device
+    warm = [model.next_logits(torch.tensor([ids], device=device), model.zero_hidden(1)) for ids in contexts]
+    owners = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(config.samples)]
+    logits = torch.cat([warm[prompt][0] for prompt, _ in owners])  # (B, V)
+    hidden: Hidden = {name: torch.cat([warm[prompt][1][name] for prompt, _ in owners]) for name in warm[0][1]}
+    decoders = [tokenizer.decoder(contexts[prompt]) for prompt, _ in owners]
+    rows = torch.tensor([(prompt << 20) + sample for prompt, sample in owners])
+    running = [True] * len(owners)
+    for place in range(config.max_tokens):
+        tokens = draw(logits.cpu(), config, torch.tensor(place), rows)  # (B,), alike whatever the device
+        for row, token in enumerate(tokens.tolist()):
+            if running[row]:
+                running[row] = not (config.stop_at_eos and token == tokenizer.eos_id)
+                if text := decoders[row].push(token):
+                    yield Piece(*owners[row], text)
+        if not any(running):
+            break
+        logits, hidden = model.next_logits(tokens[:, None].to(device), hidden)
+    for owner, decoder in zip(owners, decoders, strict=True):
+        if text := decoder.finish():
+            yield Piece(*owner, text)
+
+
+def continuations(
+    model: RecurrentLM, tokenizer: Tokenizer, prompts: list[str], config: GenerateConfig
+) -> dict[tuple[int, int], str]:
+    """(number of the prompt, number of the sample) -> the prompt and its continuation."""
+    texts = {(prompt, sample): prompts[prompt] for prompt in range(len(prompts)) for sample in range(config.samples)}
+    for piece in generate(model, tokenizer, prompts, config) if prompts else ():
+        texts[piece.prompt, piece.sample] += piece.text
+    return texts
+
+
+def write_continuations(
+    model: RecurrentLM, tokenizer: Tokenizer, prompts: list[str], config: GenerateConfig, out: TextIO
+) -> None:
+    """Print each prompt with its continuation: a single one as it is made, several when all are done."""
+    if len(prompts) * config.samples == 1:
+        out.write(prompts[0])
+        for piece in generate(model, tokenizer, prompts, config):
+            out.write(piece.text)
+            out.flush()
+    else:
+        out.write("\n---\n".join(continuations(model, tokenizer, prompts, config).values()))
+    out.write("\n")
+    out.flush()
+
+
+def draw(logits: Tensor, config: GenerateConfig, place: Tensor, rows: Tensor) -> Tensor:
+    """One token per row.
+
+    The largest of logits / temperature + Gumbel noise is a draw from the softmax (Gumbel 1954; Maddison et al. 2014);
+    top-k (Fan et al. 2018) and top-p (Holtzman et al. 2020) first take away the unlikely tokens.
+
+    Args:
+        logits: (B, V)
+        place: () int64, how many tokens came before.
+        rows: (B,) int64, which stream of random numbers.
+
+    Returns:
+        (B,) int64
+    """
+    if config.temperature == 0:
+        return logits.argmax(dim=1)
+    logits = restrict(logits.double() / config.temperature, config.top_k, config.top_p)
+    bits = mix(hashed_bits(config.seed, SITE, place, rows, 1, logits.shape[1])[0])  # (B, V)
+    uniform = (bits.double() + (2**31 + 0.5)) / 2**32  # in (0, 1), both ends excluded
+    return (logits - (-uniform.log()).log()).argmax(dim=1)
+
+
+def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """-inf for all but the `top_k` likeliest tokens, and of these all but the fewest with probability >= `top_p`.
+
+    The likeliest token always stays; of equal ones, those with smaller ids.
+    """
+    if not 0 < top_k < logits.shape[1] and top_p >= 1:
+        return logits
+    ordered, ids = logits.sort(dim=1, descending=True, stable=True)  # (B, V)
+    if 0 < top_k < logits.shape[1]:
+        ordered[:, top_k:] = -torch.inf
+    probabilities = ordered.softmax(dim=1)
+    before = probabilities.cumsum(dim=1) - probabilities
+    before[:, 0] = 0.0
+    ordered = ordered.masked_fill(before >= top_p, -torch.inf) if top_p < 1 else ordered
+    ordered[:, 0] = logits.amax(dim=1)
+    return torch.full_like(logits, -torch.inf).scatter(1, ids, ordered)

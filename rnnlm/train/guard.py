@@ -1,0 +1,84 @@
+"""Numbers that are not finite, and losses that jump: found and passed over on the device, without waiting for it.
+
+A step whose loss or gradient is not finite updates nothing, on any rank: a loss that is not finite makes the gradient
+NaN before it is summed, so that every rank sees the same norm. A substream whose hidden state is not finite starts
+from zero again, alone. Counts stay on the device until a line is logged. The price: they are seen only then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnlm.errors import RunError
+
+SPIKE_WINDOW = 128  # losses that a spike is measured against, as in OLMo-core's SkipStepOptimizer
+MIN_LOSSES = 32
+
+
+class Health:
+    """What was passed over so far; saved with every checkpoint."""
+
+    def __init__(self, device: torch.device):
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # steps skipped, of these in a row, losses seen
+        self.resets = torch.zeros((), dtype=torch.int64, device=device)  # of substreams of this process
+        self.losses = torch.zeros(SPIKE_WINDOW, dtype=torch.float64, device=device)
+
+    def reset_rows(self, hidden: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The states (B, H) with zeros in every row in which one of them is not finite."""
+        sums = torch.stack([state.sum(dim=1, dtype=torch.float32) for state in hidden.values()])  # (states, B)
+        finite = torch.isfinite(sums).all(dim=0)  # (B,); a third of the time of asking every number
+        self.resets += (~finite).sum()
+        return {name: torch.where(finite[:, None], state, 0.0) for name, state in hidden.items()}
+
+    def judge(self, gradient_norm: Tensor, mean_loss: Tensor | None = None, sigmas: float = 0.0) -> Tensor:
+        """() bool: whether this step is to be skipped.
+
+        Args:
+            gradient_norm: () of the gradient summed over all processes.
+            mean_loss: () of this step over all processes; a spike if more than `sigmas` standard deviations above the
+                mean of the last 128. Every finite loss is remembered, so that a lasting change is soon accepted.
+        """
+        skip = ~torch.isfinite(gradient_norm)
+        if mean_loss is not None:
+            seen = self.counts[2]
+            known = torch.arange(SPIKE_WINDOW, device=self.losses.device) < seen
+            count = known.sum().clamp(min=1)
+            mean = (self.losses * known).sum() / count
+            deviation = (((self.losses - mean) * known) ** 2).sum().div(count).sqrt()
+            finite = torch.isfinite(mean_loss)
+            skip |= finite & (seen >= MIN_LOSSES) & (mean_loss > mean + sigmas * deviation)
+            place = torch.where(finite, seen % SPIKE_WINDOW, SPIKE_WINDOW)
+            extended = torch.cat([self.losses, self.losses.new_zeros(1)])
+            self.losses = extended.index_copy(0, place[None], mean_loss.double()[None])[:SPIKE_WINDOW]
+            self.counts[2] += finite
+        self.counts[0] += skip
+        self.counts[1] = torch.where(skip, self.counts[1] + 1, 0)
+        return skip
+
+    def check(self, limit: int) -> int:
+        """How many steps were skipped so far.
+
+        Raises:
+            RunError: `limit` or more in a row.
+        """
+        skipped, in_a_row, _ = self.counts.tolist()
+        if limit and in_a_row >= limit:
+            raise RunError(
+                f"the last {in_a_row} steps had losses or gradients that are not finite, or far too large, and "
+                f"changed nothing (train.stop_after_skipped={limit}); lower optim.learning_rate or "
+                "optim.clip_norm, or use bf16 or fp32, and go on from the last checkpoint"
+            )
+        return int(skipped)
+
+    def to_dict(self, resets: int) -> dict[str, Any]:
+        """For the checkpoint, with the resets of all processes."""
+        return {"counts": self.counts.tolist(), "resets": resets, "losses": self.losses.tolist()}
+
+    def restore(self, state: dict[str, Any], is_main: bool) -> None:
+        """Take over what a checkpoint holds; one process carries what was summed over all."""
+        self.counts.copy_(torch.tensor(state["counts"]))
+        self.losses.copy_(torch.tensor(state["losses"], dtype=torch.float64))
+        self.resets.fill_(state["resets"] if is_main else 0)

@@ -1,0 +1,41 @@
+"""The mean loss since the last line of metrics."""
+
+from __future__ import annotations
+
+import torch
+
+FIXED_POINT = 2**20  # losses are summed as integers of this many parts per nat, since integer sums have no order
+LARGEST = 2.0**32  # nats of a micro-batch; above it training has diverged and the integers would overflow
+
+
+class IntervalLoss:
+    """The mean loss since the last line, on the device and without waiting for it.
+
+    The sums are integers, so that they come out the same in whatever order micro-batches, ranks and lives of the run
+    are added: a resumed run logs the bits of an uninterrupted one. Resolution: 1e-6 nats of a micro-batch's loss.
+    """
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(3, dtype=torch.int64, device=device)  # loss * FIXED_POINT, targets, non-finite losses
+
+    def add(self, loss: torch.Tensor, count: torch.Tensor) -> None:
+        """Take in one micro-batch: () summed loss in nats, () number of targets."""
+        finite = loss.abs() < LARGEST  # false for NaN
+        fixed = (torch.where(finite, loss, 0.0).double() * FIXED_POINT).round().long()
+        self.sums += torch.stack([fixed, count, (~finite).long()])
+
+    def restore(self, sums: list[int]) -> None:
+        """Start from sums that a checkpoint holds."""
+        self.sums.copy_(torch.tensor(sums))
+
+    @staticmethod
+    def tensor_mean(sums: torch.Tensor) -> torch.Tensor:
+        """() fp64: as `mean`, on the device; NaN where a loss was not finite."""
+        mean = sums[0].double() / FIXED_POINT / sums[1].clamp(min=1)
+        return torch.where(sums[2] > 0, torch.nan, mean)
+
+    @staticmethod
+    def mean(sums: list[int]) -> float | None:
+        """Nats per token of reduced sums; None where a loss was not finite, or beyond all use."""
+        loss, count, bad = sums
+        return None if bad else loss / FIXED_POINT / max(1, count)

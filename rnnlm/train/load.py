@@ -1,0 +1,54 @@
+"""A run's model, for evaluation and generation."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from rnnlm.checkpoint.checkpoint import Checkpoint, copy_tensors, load, newest
+from rnnlm.checkpoint.safetensors_file import CheckpointError
+from rnnlm.config import Config
+from rnnlm.data.tokenizer import Tokenizer
+from rnnlm.model.language_model import RecurrentLM
+from rnnlm.train.state import check_state
+
+
+def choose(config: Config) -> Path:
+    """The checkpoint that run.checkpoint names: the best one, or the last where no best one is whole; reads only.
+
+    Raises:
+        CheckpointError: no whole checkpoint in the run.
+    """
+    root = Path(config.run.directory) / "checkpoints"
+    if config.run.checkpoint == "best":
+        try:
+            if (best := newest(root, "best")[0]) is not None:
+                return best.path
+        except CheckpointError as error:
+            print(f"warning: {error}; reading the last checkpoint instead", file=sys.stderr, flush=True)
+    last, _ = newest(root, "step")
+    if last is None:
+        raise CheckpointError(f"{root}: no checkpoint yet; train first, or wait for run.save_every_steps")
+    return last.path
+
+
+def load_model(config: Config, path: Path, device: torch.device) -> tuple[RecurrentLM, Tokenizer | None, Checkpoint]:
+    """The model in a checkpoint of the run, on a device, and its tokenizer if its stream had one.
+
+    Raises:
+        UserError: a checkpoint that does not fit the run's configuration or tokenizer.
+    """
+    found = load(path, every_byte=False)
+    check_state(found.state, path)
+    tokenizer = None
+    if digest := found.state["tokenizer"]:
+        tokenizer = Tokenizer.load(Path(config.run.directory) / "tokenizer.model", digest)
+    vocab_size = tokenizer.vocab_size if tokenizer else found.state["vocab_size"]
+    if vocab_size * config.model.embedding_size > found.bytes("model"):
+        raise CheckpointError(f"{path}: a vocabulary of {vocab_size} in a smaller model; give the run its own again")
+    model = RecurrentLM(config.model, vocab_size, config.train.seed, config.train.loss_chunk_tokens)
+    parameters = dict(model.named_parameters())
+    copy_tensors(parameters, found.tensors("model", parameters), path)
+    return model.to(device), tokenizer, found

@@ -1,0 +1,172 @@
+"""What a run reports: metrics.jsonl is the truth; console, curves and wandb are views of it.
+
+One JSON object a line, each with `kind`: "start" (every start of the run: processes, substreams of each, devices,
+precisions, versions), "train" (one per interval) and "valid" (one per evaluation). When a run goes back to an older
+checkpoint, the lines of the steps it will do again are dropped first. The price: the file is read once at each start.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from rnnlm.config import RunConfig
+from rnnlm.files import write_whole
+from rnnlm.train.curves import draw_curves, read_lines
+from rnnlm.train.trackers import start_wandb
+
+
+class Metrics:
+    """Writes one run's reports; made in the main process alone.
+
+    Args:
+        directory: the run.
+        step: where training starts; later lines and samples are of a life that ended, and are dropped.
+        total_steps: for the progress bar.
+    """
+
+    def __init__(self, directory: Path, config: RunConfig, step: int, total_steps: int):
+        self.path, self.samples = directory / "metrics.jsonl", directory / "samples.md"
+        self.directory = directory
+        keep_lines(self.path, step)
+        keep_samples(self.samples, step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._drawn = time.monotonic()
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True) if terminal else None
+        self._wandb = start_wandb(directory, config)
+
+    def write(self, kind: str, record: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, and of the console."""
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+        with self.forgiven("metrics.jsonl"):
+            self._file.write(json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
+            self._file.flush()
+        self._show(kind, record)
+        if self._wandb is not None and kind != "start":
+            numbers = {f"{kind}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
+            try:
+                self._wandb.log({**numbers, "tokens": record["tokens"]})
+            except Exception as error:  # whatever goes wrong there is no reason to stop here
+                self.say(f"warning: wandb stopped ({error}); training goes on")
+                self._wandb = None
+
+    @contextmanager
+    def forgiven(self, name: str) -> Iterator[None]:
+        """A report that cannot be written is told, and costs nothing else."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"warning: {name} could not be written ({error}); training goes on")
+
+    def sync(self) -> None:
+        """Wait until every line is on disk: a checkpoint must not outlive the lines before it."""
+        with self.forgiven("metrics.jsonl"):
+            os.fsync(self._file.fileno())
+
+    def draw(self, every_seconds: float = 0) -> None:
+        """Draw the curves as they stand, unless that was done less than so many seconds ago."""
+        if time.monotonic() - self._drawn >= every_seconds:
+            with self.forgiven("curves.png"):
+                draw_curves(self.path, self.directory / "curves.png")
+            self._drawn = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """A line for the person at the console."""
+        with suppress(BrokenPipeError):  # nobody reads it any more
+            tqdm.write(text, file=sys.stderr) if self._bar else print(text, file=sys.stderr, flush=True)
+
+    def _show(self, kind: str, record: Mapping[str, Any]) -> None:
+        if kind == "train":
+            loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f} ppl {record['ppl']:.1f}"
+            if self._bar:
+                self._bar.set_postfix_str(f"loss {loss}, {record['tokens_per_second']:,.0f} tok/s", refresh=False)
+                self._bar.update(record["step"] - self._bar.n)
+            else:
+                self.say(
+                    f"step {record['step']} epoch {record['epoch']} loss {loss} lr {record['learning_rate']:.2e} "
+                    f"grad {record['gradient_norm']:.3f} {record['tokens_per_second']:,.0f} tok/s "
+                    f"waiting {record['data_wait_share']:.1%}"
+                )
+        elif kind == "valid":
+            bits = record["bits_per_byte"]  # None where the stream does not know its text
+            self.say(
+                f"step {record['step']} valid loss {record['loss']:.4f} ppl {record['token_perplexity']:.2f}"
+                f"{'' if bits is None else f' bits/byte {bits:.4f}'}{' (best so far)' if record['best'] else ''}"
+            )
+
+    def sample(self, step: int, text: str) -> None:
+        """Append generated text to samples.md."""
+        with self.forgiven("samples.md"), self.samples.open("a", encoding="utf-8") as file:
+            file.write(f"## step {step}\n\n{text}\n\n")
+
+    def close(self) -> None:
+        """Finish the bar, the curves and wandb."""
+        with self.forgiven("metrics.jsonl"):
+            self._file.close()
+        if self._bar:
+            self._bar.close()
+        self.draw()
+        if self._wandb is not None:
+            try:
+                self._wandb.finish()
+            except Exception as error:
+                self.say(f"warning: wandb did not finish ({error})")
+
+
+def keep_lines(path: Path, step: int) -> None:
+    """Drop the records of steps after `step`; start records stay, they tell the run's history."""
+    kept = [r for r in read_lines(path) if r["kind"] == "start" or r["step"] <= step]
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode(), alone=True)
+
+
+def keep_samples(path: Path, step: int) -> None:
+    """Drop the samples of steps after `step`."""
+    if path.exists():
+        text = path.read_text(encoding="utf-8", errors="replace")  # a kill may have cut a character
+        parts = re.split(r"(?m)^(?=## step \d+$)", text)
+        kept = [part for part in parts if not (found := re.match(r"## step (\d+)", part)) or int(found[1]) <= step]
+        write_whole(path, "".join(kept).encode(), alone=True)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process ever held: on the GPU where it uses one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Stopwatch:
+    """Seconds of training, and of waiting for data, since the last line; pauses (evaluation, saving) left out."""
+
+    def __init__(self) -> None:
+        self.reset(0)
+
+    def reset(self, tokens: int) -> None:
+        """Start an interval, after this many tokens of training."""
+        self._start, self.waited, self._paused, self.tokens = time.perf_counter(), 0.0, 0.0, tokens
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens here does not count."""
+        started = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - started
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the interval so far."""
+        return max(1e-9, time.perf_counter() - self._start - self._paused)

@@ -1,0 +1,74 @@
+"""Signals that ask a run to stop, its parent's death, and a watchdog for ranks that hang.
+
+The first signal is only noted: training stops at the next step's boundary, saves, and leaves a marker. The second, if
+it comes a second or more after the first (a launcher passes on what the terminal has already sent), ends the process
+at once; every file is whole at any moment. A launcher that dies takes its child with it, as if by SIGTERM.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ECHO_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+class Interrupts:
+    """A context in which SIGTERM, SIGINT and SIGUSR1 are wishes. `name`: the first that came, empty before.
+
+    A thread hears them, since Python's own handlers wait while the main thread is in a collective, perhaps for ever.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._before: dict[int, Any] = {}
+        self._pipe = (-1, -1)
+
+    def __enter__(self) -> Interrupts:
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        threading.Thread(target=self._listen, daemon=True).start()
+        self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, lambda number, frame: None) for number in SIGNALS}
+        die_with_launcher()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._pipe[1])  # ends the thread
+
+    def _listen(self) -> None:
+        came = 0.0
+        while heard := os.read(self._pipe[0], 1):
+            if heard[0] not in SIGNALS:
+                continue
+            if not self.name:
+                self.name, came = signal.Signals(heard[0]).name, time.monotonic()
+            elif time.monotonic() - came >= ECHO_SECONDS:
+                os._exit(128 + heard[0])  # as the shell spells it
+        os.close(self._pipe[0])
+
+
+def die_with_launcher() -> None:
+    """Be sent SIGTERM when `accelerate launch` or torchrun dies: nobody else would end this process.
+
+    A run that the user started himself outlives its terminal, as he may want (nohup).
+    """
+    parent = os.getppid()
+    try:
+        launcher = Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:  # not Linux
+        return
+    if b"accelerate" in launcher or b"torch" in launcher:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # it died meanwhile
+            os.kill(os.getpid(), signal.SIGTERM)

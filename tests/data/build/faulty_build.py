@@ -1,0 +1,107 @@
+"""tools/build_stream.py with faults: FAULT=... LOG=... python faulty_build.py OPTIONS...
+
+Every unit that is written is a line in LOG before and after, also in workers: those import this file anew.
+FAULT: none; a place and a number, as in `unit:5`: SIGKILL to the whole process group there at that time, from 1 on,
+at `unit` (encoding it), `unit-end` (before its rename), the name of a function of a task, such as `find_repeats`, or
+`find_repeats-end`, `shard`, `shard-end`, `commit` (before the rename of a stream), `commit-end`; `shard-once:NAME`
+kills the worker that writes that shard, once; `worker:NAME` kills the worker alone whenever it encodes that unit,
+`worker-once:NAME` the first time; `full:3`: no space is left on the disk at the third fsync of a process.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
+
+import build_stream
+
+from rnnlm.cli import run_door
+from rnnlm.data.build import assemble, build
+
+FAULT, LOG = os.environ["FAULT"], Path(os.environ["LOG"])
+times: Counter[str] = Counter()
+do_task, fsync = assemble.do_task, os.fsync
+write_unit, write_shard, commit = build.write_unit, assemble.write_shard, assemble.commit
+
+
+def log(line: str) -> None:
+    with LOG.open("a") as file:
+        file.write(line + "\n")
+
+
+def point(name: str) -> None:
+    times[name] += 1
+    if f"{name}:{times[name]}" == FAULT:
+        log(f"killed at {FAULT}")
+        os.killpg(0, signal.SIGKILL)
+
+
+def faulty_unit(path: Path, *arguments: Any) -> None:
+    point("unit")
+    log(f"begin {path.stem}")
+    kind, _, name = FAULT.partition(":")
+    alone = multiprocessing.parent_process() is not None
+    if (
+        alone
+        and path.stem == name
+        and (kind == "worker" or (kind == "worker-once" and LOG.read_text().count(name) == 1))
+    ):
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_unit(path, *arguments)
+    log(f"end {path.stem}")
+
+
+def faulty_shard(path: Path, parts: Any, tokenizer: Any) -> Any:
+    point("shard")
+    if f"shard-once:{path.stem}" == FAULT and f"killed in {path.stem}" not in LOG.read_text():
+
+        def dying() -> Any:
+            yield from parts
+            log(f"killed in {path.stem}")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return write_shard(path, dying(), tokenizer)
+    result = write_shard(path, parts, tokenizer)
+    point("shard-end")
+    return result
+
+
+def faulty_task(setting: Any, task: Any) -> None:
+    point(task.function.__name__)
+    do_task(setting, task)
+    point(f"{task.function.__name__}-end")
+
+
+def faulty_commit(*arguments: Any) -> Any:
+    point("commit")
+    result = commit(*arguments)
+    point("commit-end")
+    return result
+
+
+def faulty_fsync(handle: int) -> None:
+    point("unit-end")
+    times["fsync"] += 1
+    if f"full:{times['fsync']}" == FAULT:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    fsync(handle)
+
+
+patches: dict[str, Callable[..., Any]] = {"write_shard": faulty_shard, "commit": faulty_commit, "do_task": faulty_task}
+for name, patch in patches.items():
+    setattr(assemble, name, patch)
+build.write_unit = faulty_unit
+assemble.RUN_HASHES, assemble.RUN_TOKENS = 100, 2000  # several runs even of a small text
+os.fsync = faulty_fsync
+
+if __name__ == "__main__":
+    run_door(build_stream.main)

@@ -1,0 +1,165 @@
+"""The encoder gives SentencePiece's ids, whatever the model, the options and the text, however small its table."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+from conftest import make_text
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rnnlm.data.encoder
+from rnnlm.data.encoder import Encoder
+from rnnlm.data.tokenizer import Tokenizer
+
+TEXTS = [
+    *make_text(300),
+    "naïve café ﬁne Ⅷ ｆｕｌｌ a\u0308o\u0301 don't stop-it, (really) x+y 漢字仮名 καλημέρα 🎉👩‍👩‍👧",
+] * 2
+
+
+def model(**options: Any) -> Tokenizer:
+    """A model trained by SentencePiece itself, on its defaults but for these options."""
+    out = io.BytesIO()
+    given: dict[str, Any] = {"vocab_size": 420, "model_type": "bpe", "byte_fallback": True, "hard_vocab_limit": False}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=out, minloglevel=2, **{**given, **options}
+    )
+    return Tokenizer(out.getvalue())
+
+
+def keeping(**options: Any) -> dict[str, Any]:
+    return {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, **options}
+
+
+BY_WORDS = {
+    "default": {},
+    "folded": {"normalization_rule_name": "nmt_nfkc_cf"},
+    "nfkc": {"normalization_rule_name": "nfkc"},
+    "identity": {"normalization_rule_name": "identity"},
+    "identity kept": keeping(normalization_rule_name="identity", add_dummy_prefix=False),
+    "kept": keeping(),
+    "kept bare": keeping(add_dummy_prefix=False),
+    "bare": {"add_dummy_prefix": False},
+    "no bytes": {"byte_fallback": False, "vocab_size": 150},
+    "no bytes kept": keeping(byte_fallback=False, vocab_size=150),
+    "characters": {"model_type": "char"},
+    "symbols": {"user_defined_symbols": ["<user>", "sees", "▁the", "x", "é"]},
+    "rules": {"normalization_rule_name": "user", "rules": [("ab", "c d"), ("e", " "), ("o", ""), ("é", "e\u0301  ")]},
+    "tab is the sign itself": {"normalization_rule_name": "user", "rules": [("\t", "\u2581")]},
+}
+WHOLE = {
+    "unigram": {"model_type": "unigram"},
+    "suffix": {"treat_whitespace_as_suffix": True},
+    "spanning": {"split_by_whitespace": False},
+    "symbols with spaces": {"user_defined_symbols": ["anna sees", "a\u2581b"]},
+    "a space for x": {"normalization_rule_name": "user", "rules": [("x", "\u2581")], "add_dummy_prefix": False},
+    "rules with spaces": {"normalization_rule_name": "user", "rules": [("a b", "c")]},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    made = {}
+    for name, options in {**BY_WORDS, **WHOLE}.items():
+        options = dict(options)
+        if rules := options.pop("rules", None):
+            path = tmp_path_factory.mktemp("rules") / "rules.tsv"
+            spelt = [[" ".join(f"{ord(c):x}" for c in side) for side in rule] for rule in rules]
+            path.write_text("".join(f"{source}\t{target}\n" for source, target in spelt))
+            options = {**options, "normalization_rule_tsv": str(path)}
+            del options["normalization_rule_name"]
+        made[name] = model(**options)
+    return made
+
+
+@pytest.fixture(scope="module")
+def encoders(tokenizers: dict[str, Tokenizer]) -> dict[str, Encoder]:
+    return {name: Encoder(tokenizer) for name, tokenizer in tokenizers.items()}
+
+
+SPACES = " \t\n\r\x0b\x0c\x00\x1c\x1f\x85\xa0\u1680\u2000\u200a\u200b\u200d\u2028\u2029\u202f\u205f\u3000\ufeff\u2581"
+MARKS = "\u0300\u0301\u0308\u0345\u3099\u20dd\ufe0f\u0e33"
+ODD = st.sampled_from(SPACES + MARKS + "¨´¯ﷺﹰ゛‗ﬀİıſKÅẞ<>anebdox.'é")
+PARTS = st.one_of(
+    st.text(ODD, max_size=6),
+    st.text(max_size=8),
+    st.sampled_from(["anna sees the cat", " ", "  ", "Zoë", "<user>", "the", "naïve", "a\u2581b", "a b", "ab", "e o"]),
+    st.builds(
+        lambda part, times: part * times, st.sampled_from(["ab", "x", " ", "漢", "sees", "é "]), st.integers(1, 90)
+    ),
+)
+DOCUMENTS = st.lists(st.lists(PARTS, max_size=6).map("".join), max_size=5)
+
+
+def expected(tokenizer: Tokenizer, texts: list[str]) -> tuple[list[int], list[int], list[int]]:
+    ids = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    return [*chain.from_iterable(ids)], list(map(len, ids)), [len(text.split()) for text in texts]
+
+
+def check(encoder: Encoder, texts: list[str]) -> None:
+    found = encoder.encode([text.encode() for text in texts])
+    assert tuple(part.tolist() for part in found) == expected(encoder.tokenizer, texts), texts
+
+
+@pytest.mark.parametrize("name", [*BY_WORDS, *WHOLE])
+@given(texts=DOCUMENTS)
+def test_any_text_has_sentencepieces_ids(encoders: dict[str, Encoder], name: str, texts: list[str]) -> None:
+    check(encoders[name], texts)
+
+
+def test_models_are_told_apart(encoders: dict[str, Encoder]) -> None:
+    assert {name for name, encoder in encoders.items() if not encoder.why_not} == set(BY_WORDS)
+    assert "unigram" in encoders["unigram"].why_not
+    assert "anna" in encoders["symbols with spaces"].why_not or "a\u2581b" in encoders["symbols with spaces"].why_not
+    assert "rule" in encoders["rules with spaces"].why_not
+
+
+@pytest.fixture
+def tiny_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, value in {"TABLE_SLOTS": 512, "MAX_WORDS": 32, "KEY_BYTES": 256, "BATCH_BYTES": 128}.items():
+        monkeypatch.setattr(rnnlm.data.encoder, name, value)
+    yield
+
+
+@pytest.mark.parametrize("name", ["default", "identity kept", "symbols", "no bytes kept"])
+def test_a_table_that_forgets_changes_nothing(tiny_table: None, tokenizers: dict[str, Tokenizer], name: str) -> None:
+    encoder = Encoder(tokenizers[name])
+    for part in range(20):
+        check(encoder, [f"{text} {part * 7}{index}" for index, text in enumerate(make_text(30, seed=part))])
+        check(encoder, ["a " * 300, " b" * 100, "word" * 100, " " * 500, "c\u3000 d " * 40, "\u200b " * 60])
+    assert encoder._counts[0] < 128
+
+
+@pytest.mark.parametrize("name", BY_WORDS)
+@given(text=DOCUMENTS.map(" ".join), cuts=st.lists(st.integers(1, 40), max_size=30))
+def test_a_long_document_may_come_in_any_parts(
+    encoders: dict[str, Encoder], name: str, text: str, cuts: list[int]
+) -> None:
+    encoder, parts, rest = encoders[name], [], text
+    for cut in cuts:
+        parts.append(rest[:cut].encode())
+        rest = rest[cut:]
+    pieces = list(encoder.encode_long(iter([*parts, rest.encode()])))
+    ids, _, words = expected(encoder.tokenizer, [text])
+    assert np.concatenate([ids for ids, _ in pieces]).tolist() == ids
+    assert sum(words for _, words in pieces) == words[0]
+
+
+def test_characters_that_become_many_bytes_overrun_nothing() -> None:
+    """Six ids for each byte, of words that are all new: more than the store of ids had room for."""
+    encoder = Encoder(model(vocab_size=420))
+    texts = [f"a{number}" + "\u3316" * 24 for number in range(6000)]
+    for first in range(0, len(texts), 1000):
+        check(encoder, texts[first : first + 1000])
+
+
+def test_a_word_without_end_is_refused(encoders: dict[str, Encoder]) -> None:
+    with pytest.raises(OverflowError, match="a word of 1,0"):
+        list(encoders["default"].encode_long((b"x" * 10 for _ in range(10**6)), max_word_bytes=1000))

@@ -1,0 +1,76 @@
+"""Evaluation against a slow reference; its bits depend on the batch size alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rnnlm.config import ModelConfig
+from rnnlm.data.stream import TokenStream
+from rnnlm.model.evaluate import evaluate
+from rnnlm.model.language_model import RecurrentLM
+
+
+@pytest.fixture
+def model() -> RecurrentLM:
+    return RecurrentLM(
+        ModelConfig(embedding_size=10, hidden_size=12, layers=2, dropout=0.5, init="uniform"), 300, seed=3
+    )
+
+
+def reference(model: RecurrentLM, stream: TokenStream, rows: int, count_eos: bool) -> tuple[float, int]:
+    """One substream after the other, one token at a time, in fp64."""
+    import numpy as np
+
+    model = model.double()
+    tokens = torch.from_numpy(stream.windows(np.array([0]), len(stream) + 1)[0].astype(np.int64))
+    nats, count = 0.0, 0
+    for row in range(rows):
+        hidden = model.zero_hidden(1)
+        for position in range(row * len(stream) // rows, (row + 1) * len(stream) // rows):
+            logits, hidden = model.next_logits(tokens[None, position : position + 1], hidden)
+            target = tokens[position + 1]
+            if count_eos or target != stream.manifest.eos_id:
+                nats += F.cross_entropy(logits[0], target).item()
+                count += 1
+    model.float()
+    return nats, count
+
+
+@pytest.mark.parametrize("count_eos", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_every_token_is_scored_once_with_carried_state(model: RecurrentLM, streams, rows: int, count_eos: bool) -> None:  # type: ignore[no-untyped-def]
+    stream = TokenStream(streams / "valid")
+    found = evaluate(model, stream, rows, count_eos)
+    nats, count = reference(model, stream, rows, count_eos)
+    manifest = stream.manifest
+    assert found.scored_tokens == count
+    assert found.nats == pytest.approx(nats, rel=1e-6)
+    figures = found.to_dict()
+    ends = manifest.documents if count_eos else 0
+    assert figures["token_perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-5)
+    assert figures["word_perplexity"] == pytest.approx(math.exp(nats / (manifest.words + ends)), rel=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / manifest.text_bytes, rel=1e-6)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7])
+def test_the_bits_do_not_depend_on_the_number_of_processes(model: RecurrentLM, streams, processes: int) -> None:  # type: ignore[no-untyped-def]
+    stream = TokenStream(streams / "valid")
+    whole = evaluate(model, stream, 50, True)
+    sums: list[torch.Tensor] = []
+    for process in range(processes):
+        evaluate(model, stream, 50, True, process, processes, lambda own: (sums.append(own), own)[1])
+    shared = evaluate(model, stream, 50, True, 0, processes, lambda own: torch.stack(sums).sum(dim=0))
+    assert shared.nats == whole.nats
+    assert len(sums) == processes
+    assert evaluate(model, stream, 49, True).nats != whole.nats, "but it does depend on the batch size"
+
+
+def test_more_substreams_than_tokens(model: RecurrentLM, streams) -> None:  # type: ignore[no-untyped-def]
+    stream = TokenStream(streams / "valid")
+    found = evaluate(model, stream, 10**6, True)
+    assert found.scored_tokens == len(stream)
+    assert math.isfinite(found.nats)

@@ -1,0 +1,221 @@
+"""launch/train.py with a fault built in, for tests: `faulty_train.py FAULT VALUE options...`; or two: `A+B 1+2`.
+
+kill N: SIGKILL to every process when it has done N steps.   saving N: the same at the Nth operation on disk of a save.
+nan N, grad N: the loss, or one gradient, of the last process is not finite at step N, and at the 3 after it if N < 0.
+row N: the hidden state of substream 3 is NaN before step N.   spike N: the loss of step N is a hundred times itself.
+hang N, error N: the last process stops, or raises an error, at step N.   slow N: a step takes N milliseconds more.
+masks: dropout masks keyed by rank, not by substream.   skip N: from step N on the loader reads one window too far.
+blind: Accelerate is not told that it is on a CPU.   disk N: every file takes N milliseconds more to write.
+clocks N: a step takes N seconds by the clock of process 0 and N thousand by any other's; saves-RANK tells who saved.
+half: fp16 and the scaling of its losses on a CPU, where Accelerate has neither.
+touches: touched-RANK tells what each process did to names and contents in the run's directory, by Python's own audit.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
+
+import torch
+import train
+from accelerate import Accelerator
+
+import rnnlm.files
+import rnnlm.train.distributed
+import rnnlm.train.trainer
+from rnnlm.cli import run_door
+from rnnlm.config import Config
+from rnnlm.data.substreams import Batch, SubstreamDataset
+from rnnlm.train.trainer import Trainer
+
+
+def kill(value: int) -> None:
+    """Die like a process that the machine took away."""
+    honest = Trainer.train_step
+
+    def step(self: Trainer, batch: Batch) -> None:
+        if self.step == value:
+            self.saver.wait()  # or the checkpoint before this step might be lost too, on a slow disk
+            os.kill(os.getpid(), signal.SIGKILL)
+        honest(self, batch)
+
+    Trainer.train_step = step  # type: ignore[method-assign]
+
+
+def masks(value: int) -> None:
+    """The mistake that the comparison of 1 and 2 processes must show."""
+    honest = Trainer.__init__
+
+    def init(self: Trainer, *arguments: Any) -> None:
+        honest(self, *arguments)
+        self.learner.rows = torch.arange(self.last - self.first, device=self.device)
+
+    Trainer.__init__ = init  # type: ignore[assignment,method-assign]
+
+
+def skip(value: int) -> None:
+    """A loader that jumps over a window."""
+    honest = SubstreamDataset.batch
+
+    def batch(self: SubstreamDataset, step: int) -> Batch:
+        found = honest(self, step + 1 if step >= value else step)
+        return Batch(step, found.tokens, found.lengths, found.positions)
+
+    SubstreamDataset.batch = batch  # type: ignore[method-assign]
+
+
+def blind(value: int) -> None:
+    """Processes that torchrun started and that each believe to be alone."""
+    honest = rnnlm.train.distributed.Accelerator
+    rnnlm.train.distributed.Accelerator = lambda cpu, **options: honest(**options)  # type: ignore[assignment,misc]
+
+
+def saving(value: int) -> None:
+    """Die in the middle of a checkpoint."""
+    operations = 0
+
+    def counted(honest: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(*arguments: Any) -> Any:
+            nonlocal operations
+            operations += 1
+            if operations == value:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return honest(*arguments)
+
+        return operation
+
+    for name in ("write", "sync", "rename", "unlink"):
+        setattr(rnnlm.files, name, counted(getattr(rnnlm.files, name)))
+
+
+def at_step(step: int, act: Callable[[Trainer], None], times: int = 1, last_only: bool = True) -> None:
+    """Do something before a step, and the ones after it, in the last process or in all."""
+    honest = Trainer.train_step
+
+    def train_step(self: Trainer, batch: Batch) -> None:
+        if step <= self.step < step + times and (not last_only or self.process == self.processes - 1):
+            act(self)
+        honest(self, batch)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
+
+
+def factor(self: Trainer, value: float) -> None:
+    """Multiply the next loss."""
+    model = self.learner.model
+    honest = model.forward
+
+    def forward(*arguments: Any) -> Any:
+        model.forward = honest
+        loss, count, hidden = honest(*arguments)
+        return loss * value, count, hidden
+
+    model.forward = forward
+
+
+def nan(value: int) -> None:
+    at_step(abs(value), lambda self: factor(self, float("nan")), 4 if value < 0 else 1)
+
+
+def spike(value: int) -> None:
+    at_step(value, lambda self: factor(self, 100.0))
+
+
+def grad(value: int) -> None:
+    def act(self: Trainer) -> None:
+        weight = next(self.learner.raw.parameters())
+        handle = weight.register_hook(lambda gradient: (handle.remove(), gradient * float("inf"))[1])
+
+    at_step(abs(value), act, 4 if value < 0 else 1)
+
+
+def row(value: int) -> None:
+    def act(self: Trainer) -> None:
+        if self.first <= 3 < self.last:
+            self.learner.hidden["layer0.h"][3 - self.first, 0] = float("nan")
+
+    at_step(value, act, last_only=False)
+
+
+def hang(value: int) -> None:
+    at_step(value, lambda self: time.sleep(1000))
+
+
+def error(value: int) -> None:
+    def act(self: Trainer) -> None:
+        raise ZeroDivisionError("a fault of the last process")
+
+    at_step(value, act)
+
+
+def slow(value: int) -> None:
+    at_step(0, lambda self: time.sleep(value / 1000), times=10**9, last_only=False)
+
+
+def disk(value: int) -> None:
+    honest = rnnlm.files.write
+
+    def write(*arguments: Any) -> None:
+        time.sleep(value / 1000)
+        honest(*arguments)
+
+    rnnlm.files.write = write
+
+
+def clocks(value: int) -> None:
+    now, honest, rank = [0.0], Trainer.save, os.environ["RANK"]
+    # the trainer's alone: watchdogs and process groups keep the true one
+    rnnlm.train.trainer.time = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)  # type: ignore[attr-defined]
+
+    def tick(self: Trainer) -> None:
+        now[0] += value * (1 if rank == "0" else 1000)
+
+    def save(self: Trainer, best: bool = False) -> None:
+        with Path(f"saves-{rank}").open("a") as file:
+            file.write(f"{self.step}\n")
+        honest(self, best)
+
+    at_step(0, tick, times=10**9, last_only=False)
+    Trainer.save = save  # type: ignore[method-assign]
+
+
+def half(value: int) -> None:
+    honest = rnnlm.train.trainer.start_accelerator
+
+    def start(config: Config) -> Accelerator:
+        accelerator = honest(config)
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        # so large that some steps overflow, and tried again after every 4 that do not
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=4)
+        return accelerator
+
+    rnnlm.train.trainer.start_accelerator = start
+
+
+def touches(value: int) -> None:
+    log = os.open(f"touched-{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    names = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in names or (event == "open" and arguments[2] & changing):
+            for path in arguments[:2]:
+                if isinstance(path, str | os.PathLike) and "/run" in os.fspath(path):
+                    os.write(log, f"{event} {os.fspath(path)}\n".encode())
+
+    sys.addaudithook(hook)
+
+
+if __name__ == "__main__":
+    for fault, value in zip(sys.argv[1].split("+"), sys.argv[2].split("+"), strict=True):
+        globals()[fault](int(value))
+    del sys.argv[1:3]
+    run_door(train.main)

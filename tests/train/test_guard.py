@@ -1,0 +1,120 @@
+"""Losses, gradients and hidden states that are not finite, and losses that jump."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Door, TrainHere, assert_same_bits, final_state, records
+from torch import tensor
+
+from rnnlm.config import OptimConfig
+from rnnlm.errors import RunError
+from rnnlm.train.guard import MIN_LOSSES, SPIKE_WINDOW, Health
+from rnnlm.train.optim import build_optimizer
+
+TRAIN, FAULTY = "launch/train.py", "tests/train/faulty_train.py"
+CPU = torch.device("cpu")
+
+
+def test_fault_17_only_rows_that_are_not_finite_start_anew() -> None:
+    health = Health(CPU)
+    hidden = {"layer0.h": torch.randn(5, 3), "layer0.c": torch.randn(5, 3)}
+    expected = {name: state.clone() for name, state in hidden.items()}
+    hidden["layer0.h"][1, 2], hidden["layer0.c"][4, 0] = float("nan"), float("inf")
+    found = health.reset_rows(hidden)
+    for name, state in found.items():
+        assert torch.equal(state[[0, 2, 3]], expected[name][[0, 2, 3]])
+        assert not state[[1, 4]].any()
+    assert int(health.resets) == 2
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_a_fused_optimizer_does_nothing_in_a_skipped_step(name: str) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(model, OptimConfig(name=name, momentum=0.9 * (name == "sgd"), weight_decay=0.1))  # type: ignore[arg-type]
+
+    def step(value: float, skip: bool) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        optimizer.found_inf = tensor(float(skip))  # type: ignore[attr-defined]
+        optimizer.step()
+
+    def everything() -> list[torch.Tensor]:
+        states = [value for state in optimizer.state.values() for value in state.values() if value is not None]
+        return [each.detach().clone() for each in [*model.parameters(), *states]]
+
+    step(1.0, False)
+    before = everything()
+    step(float("nan"), True)
+    assert all(torch.equal(a, b) for a, b in zip(everything(), before, strict=True))
+    step(1.0, False)
+    assert not all(torch.equal(a, b) for a, b in zip(everything(), before, strict=True))
+
+
+def test_fault_18_a_loss_beyond_k_sigma_is_skipped_and_a_lasting_change_is_soon_accepted() -> None:
+    torch.manual_seed(0)
+    health, norm = Health(CPU), tensor(1.0)
+    losses = 3 + 0.1 * torch.randn(400, dtype=torch.float64)
+    losses[[10, 200]] = 9.0
+    losses[300:] += 5
+    skipped = [bool(health.judge(norm, loss, 6.0)) for loss in losses]
+    for step, loss in enumerate(losses):
+        past = losses[max(0, step - SPIKE_WINDOW) : step]
+        expected = len(past) >= MIN_LOSSES and loss > past.mean() + 6 * past.std(correction=0)
+        assert skipped[step] == expected, step
+    assert skipped[200] and not skipped[10] and skipped[300] and not any(skipped[310:])
+    assert health.check(0) == sum(skipped)
+
+
+def test_fault_16_a_loss_that_is_not_finite_is_no_spike_but_is_skipped() -> None:
+    health = Health(CPU)
+    assert not health.judge(tensor(1.0), tensor(2.0), 6.0)
+    for count in range(1, 4):
+        assert health.judge(tensor(float("nan")), tensor(float("nan")), 6.0)
+        assert health.check(4) == count
+    with pytest.raises(RunError, match="the last 3 steps .*train.stop_after_skipped=3"):
+        health.check(3)
+    assert not health.judge(tensor(1.0), tensor(2.0), 6.0)
+    assert health.check(1) == 3, "no longer in a row"
+    again = Health(CPU)
+    again.restore(health.to_dict(7), is_main=True)
+    assert again.to_dict(int(again.resets)) == health.to_dict(7)
+
+
+@pytest.mark.parametrize("fault", ["grad", "row"])
+def test_fault_16_and_17_a_step_that_is_not_finite_changes_nothing_on_any_rank(
+    run_door: Door, experiment: Path, tmp_path: Path, fault: str
+) -> None:
+    options = (f"--config={experiment}", "--run.log_every_steps=1", "--run.keep_every_steps=1", "--train.max_steps=7")
+    processes = 0 if fault == "grad" else 2
+    done = run_door(FAULTY, fault, "5", *options, "--run.save_every_steps=1", processes=processes)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    before, after, later = (final_state(run, step)[0] for step in (5, 6, 7))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"hidden"}, "the data goes on"
+    assert {name.split(".")[0] for name in before if not torch.equal(after[name], later[name])} >= {
+        "model",
+        "optimizer",
+    }
+    assert [line["skipped_steps"] for line in records(run, "train")] == [0] * 5 + [1, 1]
+    assert records(run, "train")[-1]["hidden_resets"] == int(fault == "row")
+    assert all(torch.isfinite(value).all() for value in later.values() if value.is_floating_point())
+    if fault == "row":
+        rows = torch.arange(16) != 3
+        assert not after["hidden.layer0.h"][3].any() and after["hidden.layer0.h"][rows].all(dim=1).all()
+
+
+def test_fault_16_the_run_stops_after_too_many_in_a_row_and_goes_on_from_the_last_checkpoint(
+    run_door: Door, train_here: TrainHere, experiment: Path, tmp_path: Path
+) -> None:
+    options = (f"--config={experiment}", "--run.log_every_steps=1", "--train.stop_after_skipped=3")
+    done = run_door(FAULTY, "nan", "-12", *options)
+    assert done.returncode == 1
+    assert done.stderr.count("error: the last 3 steps had losses or gradients that are not finite") == 1
+    whole = tmp_path / "whole"
+    for directory in (tmp_path / "run", whole):
+        assert train_here(*options, f"--run.directory={directory}").returncode == 0
+    assert_same_bits(tmp_path / "run", whole)

@@ -1,0 +1,121 @@
+"""Metrics: exact interval sums, lines of a life that ended are dropped, curves are drawn, wandb may fail."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rnnlm.config import RunConfig
+from rnnlm.train.curves import draw_curves, read_lines
+from rnnlm.train.interval_loss import IntervalLoss
+from rnnlm.train.metrics import Metrics, keep_lines, keep_samples
+
+
+def line(step: int, kind: str = "train", loss: float = 2.0) -> dict[str, object]:
+    return {
+        "kind": kind, "step": step, "tokens": step * 10, "epoch": 0, "loss": loss, "ppl": 7.4, "learning_rate": 0.1,
+        "gradient_norm": 0.2, "tokens_per_second": 1.0, "data_wait_share": 0.0, "token_perplexity": 7.4,
+        "bits_per_byte": 1.0, "best": False,
+    }  # fmt: skip
+
+
+def test_interval_sums_do_not_depend_on_order_or_grouping() -> None:
+    draw = random.Random(0)
+    losses = [(draw.uniform(0, 1e5), draw.randint(1, 9000)) for _ in range(500)]
+
+    def sums(parts: list[list[tuple[float, int]]]) -> list[int]:
+        total = torch.zeros(3, dtype=torch.int64)
+        for part in parts:
+            interval = IntervalLoss(torch.device("cpu"))
+            for loss, count in part:
+                interval.add(torch.tensor(loss), torch.tensor(count))
+            total += interval.sums
+        return total.tolist()
+
+    whole = sums([losses])
+    assert whole == sums([losses[:123][::-1], losses[123:]]) == sums([[each] for each in losses])
+    exact = sum(float(torch.tensor(loss)) for loss, _ in losses) / sum(count for _, count in losses)
+    assert IntervalLoss.mean(whole) == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_a_loss_that_is_not_finite_is_never_a_number(bad: float) -> None:
+    interval = IntervalLoss(torch.device("cpu"))
+    interval.add(torch.tensor(bad), torch.tensor(3))
+    interval.add(torch.tensor(1.0), torch.tensor(3))
+    assert IntervalLoss.mean(interval.sums.tolist()) is None
+
+
+def test_lines_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [line(0, "start"), line(5), line(10, "valid"), line(12), line(12, "start"), line(15)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "train", "st')
+    keep_lines(path, 10)
+    assert [(row["kind"], row["step"]) for row in read_lines(path)] == [
+        ("start", 0), ("train", 5), ("valid", 10), ("start", 12),
+    ]  # fmt: skip
+    samples = tmp_path / "samples.md"
+    samples.write_text("## step 5\n\none\n\n## step 10\n\ntwo\n\n## step 15\n\nthree\n\n")
+    with samples.open("ab") as file:
+        file.write("é".encode()[:1])  # killed inside a character
+    keep_samples(samples, 10)
+    assert samples.read_text() == "## step 5\n\none\n\n## step 10\n\ntwo\n\n"
+
+
+def test_curves_are_a_picture_even_of_little(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for rows in ([], [line(5)], [line(5), line(5, "valid"), line(9, loss=1.0), line(9, "valid", loss=1.0)]):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        draw_curves(path, tmp_path / "curves.png")
+        assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fault_31_wandb_missing_or_failing_never_touches_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what Python does for a package that is not installed
+    metrics = Metrics(tmp_path, RunConfig(wandb="online"), 0, 10)
+    assert "training without it" in capsys.readouterr().err
+
+    class Broken:
+        def log(self, record: object) -> None:
+            raise ConnectionError("down")
+
+    metrics._wandb = Broken()
+    metrics.write("train", line(5))
+    metrics.write("train", line(10))
+    metrics.close()
+    assert "wandb stopped (down)" in capsys.readouterr().err
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [5, 10]
+
+
+@pytest.mark.filterwarnings("default")  # the package's own
+def test_wandb_offline_keeps_one_run_over_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    for step in (0, 5):
+        metrics = Metrics(tmp_path, RunConfig(wandb="offline"), step, 10)
+        metrics.write("train", line(step + 5))
+        assert metrics._wandb is not None
+        ids.append(metrics._wandb.id)
+        metrics.close()
+    assert ids == [(tmp_path / "wandb-id").read_text()] * 2
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+
+
+def test_lines_are_json_whatever_the_numbers(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, RunConfig(), 0, 10)
+    metrics.write("valid", {**line(5, "valid"), "loss": float("inf"), "token_perplexity": float("inf")})
+    metrics.close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    found = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert found["loss"] is None

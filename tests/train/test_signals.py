@@ -1,0 +1,166 @@
+"""Signals, launchers, and ranks that hang or fail, in real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Door, command, environment, records
+
+FAULTY = "tests/train/faulty_train.py"
+LAUNCHERS = ("python", "accelerate 1", "accelerate 2", "torchrun 2")
+
+
+class Run:
+    """A run that takes long."""
+
+    def __init__(self, experiment: Path, launcher: str, workers: int, slow_ms: int = 50):
+        self.directory, self.output = experiment.parent / "run", experiment.parent / "output"
+        name, _, processes = launcher.partition(" ")
+        arguments = [
+            "slow", str(slow_ms), f"--config={experiment}", "--train.max_steps=2000", "--train.epochs=999",
+            "--run.log_every_steps=1", "--run.save_every_steps=2000", "--eval.every_steps=2000",
+            f"--train.prefetch_workers={workers}",
+        ]  # fmt: skip
+        line = command(FAULTY, *arguments, processes=int(processes or 0))
+        if name == "torchrun":
+            line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+            line += [str(ROOT / FAULTY), *arguments]
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                line, stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True,
+                cwd=experiment.parent,
+            )  # fmt: skip
+        until = time.monotonic() + 120
+        while not (self.directory / "metrics.jsonl").exists() or len(records(self.directory, "train")) < 3:
+            assert self.process.poll() is None and time.monotonic() < until, self.output.read_text()
+            time.sleep(0.05)
+
+    def alive(self) -> list[int]:
+        """Every process that still runs and was started for this run (a launcher's are in sessions of their own)."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                mine = str(self.directory.parent).encode() in (path / "cmdline").read_bytes()  # empty once it has ended
+            except OSError:
+                continue
+            if mine:
+                found.append(int(path.name))
+        return found
+
+    def wait_until_all_gone(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while self.process.poll() is None or self.alive():
+            assert time.monotonic() < until, (self.alive(), self.output.read_text())
+            time.sleep(0.1)
+
+    def saved(self) -> dict[str, object]:
+        marker: dict[str, object] = json.loads((self.directory / "preempted.json").read_text())
+        assert (self.directory / f"checkpoints/step-{marker['saved_step']:08d}/manifest.json").exists()
+        return marker
+
+
+@pytest.fixture
+def started() -> Iterator[list[Run]]:
+    runs: list[Run] = []
+    yield runs
+    for run in runs:
+        for pid in run.alive():
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "workers", "number"),
+    [
+        pytest.param(
+            launcher, workers, number, id=f"{launcher}-{workers}-{number.name}",
+            marks=[] if (launcher, workers, number) in (
+                ("python", 1, signal.SIGTERM), ("accelerate 2", 0, signal.SIGUSR1)
+            ) else pytest.mark.slow,
+        )
+        for launcher in LAUNCHERS for workers in (0, 1)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    ],
+)  # fmt: skip
+def test_fault_08_to_11_a_signal_ends_a_run_at_a_step_and_it_is_saved(
+    experiment: Path, started: list[Run], launcher: str, workers: int, number: signal.Signals, run_door: Door
+) -> None:
+    run = Run(experiment, launcher, workers)
+    started.append(run)
+    begun = time.monotonic()
+    os.kill(run.process.pid, number)
+    run.wait_until_all_gone(60)
+    assert (run.directory / "preempted.json").exists(), run.output.read_text()
+    marker = run.saved()
+    print(f"{launcher}, {workers} worker(s), {number.name}: exit code {run.process.returncode}, "
+          f"{time.monotonic() - begun:.1f} s, {marker}")  # fmt: skip
+    assert marker["step"] == marker["saved_step"] and marker["step"] < 2000  # type: ignore[operator]
+    assert run.process.returncode == (75 if launcher == "python" else run.process.returncode) != 0
+    if launcher == "python":
+        done = run_door("launch/train.py", f"--config={experiment}", f"--train.max_steps={marker['step'] + 1}")  # type: ignore[operator]
+        assert done.returncode == 0 and f"going on from step {marker['step']}" in done.stderr
+        assert not (run.directory / "preempted.json").exists()
+
+
+def test_fault_13_a_second_signal_stops_at_once_but_an_echo_of_the_first_does_not(
+    experiment: Path, started: list[Run]
+) -> None:
+    run = Run(experiment, "python", 1, slow_ms=3000)
+    started.append(run)
+    os.kill(run.process.pid, signal.SIGTERM)
+    time.sleep(0.1)
+    os.kill(run.process.pid, signal.SIGTERM)  # a launcher passes on what the terminal has already sent
+    time.sleep(1.2)
+    assert run.process.poll() is None, "a step takes longer"
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.process.wait(2) == 128 + signal.SIGTERM
+    run.wait_until_all_gone(20)
+    assert not (run.directory / "preempted.json").exists()
+
+
+def test_fault_14_a_rank_that_raises_ends_all_and_says_why_once(experiment: Path, run_door: Door) -> None:
+    begun = time.monotonic()
+    done = run_door(FAULTY, "error", "3", f"--config={experiment}", processes=2)
+    assert done.returncode != 0 and time.monotonic() - begun < 60
+    assert done.stderr.count("ZeroDivisionError: a fault of the last process") == 1
+
+
+def test_fault_15_a_rank_that_hangs_ends_all_with_stacks(experiment: Path, run_door: Door) -> None:
+    done = run_door(FAULTY, "hang", "3", f"--config={experiment}", "--run.timeout_minutes=0.1", processes=2)
+    assert done.returncode != 0
+    assert re.search(r"has done nothing for \d+ seconds \(run.timeout_minutes\)", done.stderr), done.stderr
+    stack = re.compile(r"^\[rank 1\] +File .*faulty_train.py\", line \d+ in <lambda>$", re.M)
+    assert stack.search(done.stderr), done.stderr
+
+
+@pytest.mark.slow
+def test_fault_15_a_slow_disk_is_no_hang(experiment: Path, run_door: Door, tmp_path: Path) -> None:
+    """All ranks wait for a save that takes longer than run.timeout_minutes, and for the last one at the end."""
+    options = (f"--config={experiment}", "--run.timeout_minutes=0.1", "--run.save_every_steps=5")
+    done = run_door(FAULTY, "disk", "2000", *options, processes=2)
+    assert done.returncode == 0, done.stderr
+    waiting = "warning: waiting until the checkpoint before is written"
+    assert f"{waiting}; save less often, or on a faster disk\n" in done.stderr, done.stderr
+    assert f"{waiting}\n" in done.stderr, "at the end there is no advice to give"
+    assert (tmp_path / "run/checkpoints/step-00000020/manifest.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("also", "value"), [("", ""), ("nan+", "-7+")], ids=["while training", "after another fault"])
+def test_fault_15_a_disk_that_hangs_ends_the_run(experiment: Path, run_door: Door, also: str, value: str) -> None:
+    """The lock is held until then: no other life may write beside a thread that still does."""
+    options = (f"--config={experiment}", "--run.timeout_minutes=0.02", "--run.save_every_steps=5")
+    ended = ("--train.stop_after_skipped=2", "--run.log_every_steps=1") if also else ()
+    done = run_door(FAULTY, f"{also}disk", f"{value}60000", *options, *ended)
+    assert done.returncode == 1
+    assert ("it was about to end: the last 2 steps had losses" in done.stderr) == bool(also)
+    assert "has waited 7 seconds for a checkpoint to be written (6 times run.timeout_minutes)" in done.stderr
+    assert re.search(r"^\[rank 0\] .*files.py.* in write$|^\[rank 0\] .*faulty_train.py.* in write$", done.stderr, re.M)
