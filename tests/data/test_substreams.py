@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rnnlm.config import Config, TrainConfig
+from rnnlm.data import ring as ring_module
 from rnnlm.data.ring import Origin, Ring
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.stream_format import HEADER_BYTES
@@ -44,7 +45,7 @@ def test_the_drawing_in_the_docstring_is_what_the_rows_read() -> None:
     assert ring.windows_per_epoch == 4
     dataset = SubstreamDataset(Counting(60), ring, 0, 3, 0, 4)
     for row in range(3):
-        lines = (substreams.__doc__ or "").splitlines()
+        lines = (ring_module.__doc__ or "").splitlines()
         drawn = next(line for line in lines if line.strip().startswith(f"row {row} |"))
         cells = [cell.split() for cell in drawn.split("|")[1:5]]
         for step, cell in enumerate(cells):
