@@ -22,6 +22,11 @@ def changeable(default: T) -> T:
     return result
 
 
+CELLS = ["lstm", "gru", "rnn"]
+HEADS = ["softmax"]
+OPTIMIZERS = ["adam", "adamw", "sgd"]
+
+
 @dataclass(frozen=True)
 class CorpusConfig:
     """The text: which files, and what a document is."""
@@ -108,7 +113,7 @@ class BuildConfig:
 class ModelConfig:
     """The network: embedding, recurrent layers, softmax."""
 
-    cell: Literal["lstm", "gru", "rnn"] = "lstm"
+    cell: str = "lstm"
     """LSTM (Hochreiter & Schmidhuber 1997; Gers et al. 2000), GRU (Cho et al. 2014) or tanh RNN (Elman 1990)."""
     embedding_size: int = 256
     """Width of the token vectors."""
@@ -120,6 +125,8 @@ class ModelConfig:
     """Probability of dropping a unit of each non-recurrent connection (Zaremba et al. 2014)."""
     dropout_kind: Literal["ordinary", "locked"] = "ordinary"
     """A new mask at every position, or one mask for a whole window (variational, Gal & Ghahramani 2016)."""
+    head: str = "softmax"
+    """What is predicted from the hidden state: softmax over the vocabulary, or a head that other code registers."""
     tied: bool = False
     """Share the token vectors between input and softmax (Press & Wolf 2017; Inan et al. 2017)."""
     init: Literal["orthogonal", "uniform"] = "orthogonal"
@@ -134,7 +141,7 @@ class ModelConfig:
 class OptimConfig:
     """The optimizer and its learning rate."""
 
-    name: Literal["adam", "adamw", "sgd"] = "adam"
+    name: str = "adam"
     """Adam (Kingma & Ba 2015), AdamW (Loshchilov & Hutter 2019) or SGD; PyTorch's fused kernels."""
     learning_rate: float = 1e-3
     """Peak learning rate."""

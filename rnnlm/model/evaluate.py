@@ -1,9 +1,9 @@
 """Evaluation: loss, perplexities and bits per byte of a stream, with carried hidden state.
 
 The stream's ring is cut into `batch_size` substreams, so every token is scored once, the very first one after the last
-EOS. Work is dealt out in blocks of a fixed shape, and losses are summed in fp64, row by row, in one order: the result
-depends on `batch_size` alone, to the last bit on one kind of machine, not on the number of processes or on the windows
-of training. The price: more processes than blocks have nothing to do, and small blocks use a large GPU less than fully.
+EOS. Processes share the work in blocks of a fixed shape, and losses are summed in fp64, row by row, in one order: the
+result depends on `batch_size` alone, to the last bit on one kind of machine, not on the number of processes or on the
+windows of training. The price: more processes than blocks have nothing to do, and small blocks use a large GPU less than fully.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def evaluate(
     Args:
         batch_size: substreams; fewer where the stream has fewer tokens.
         count_eos: whether ends of documents are scored and counted.
-        process, processes: this process takes blocks process, process + processes, ...
+        process, processes: this process computes blocks process, process + processes, ...
         gather: adds up a (batch_size,) fp64 tensor over the processes; in each all rows but its own are zero.
         beat: called after every batch, and as often by processes that have none left.
     """
@@ -84,12 +84,14 @@ def evaluate(
     ring = Ring(len(stream), rows, WINDOW)
     device = model.embedding.weight.device
     sums = torch.zeros(rows, dtype=torch.float64, device=device)
+
     for turn in range(0, rows, processes * BLOCK_ROWS):
         first = turn + process * BLOCK_ROWS
-        if first >= rows:
+        if first >= rows:  # nothing left for this process, which still meets the others
             for _ in range(ring.windows_per_epoch):
                 beat()
             continue
+
         last = min(first + BLOCK_ROWS, rows)
         hidden = model.zero_hidden(last - first)
         for batch in SubstreamDataset(stream, ring, first, last, 0, ring.windows_per_epoch):
@@ -99,6 +101,7 @@ def evaluate(
             losses, hidden = model.token_losses(inputs, hidden, targets)
             sums[first:last] += losses.double().sum(dim=1)
             beat()
+
     manifest = stream.manifest
     ends = manifest.eos_tokens if count_eos else 0
     return Evaluation(

@@ -16,15 +16,16 @@ from torch import Tensor
 
 from rnnlm.config import GenerateConfig
 from rnnlm.data.tokenizer import Tokenizer
+from rnnlm.errors import UserError
 from rnnlm.model.dropout import hashed_bits, mix
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.model.layers import Hidden
 
-SITE = 0x67656E  # keeps these draws apart from dropout's
+PLACE = 0x67656E  # in place of a place in the network, whose numbers are hashes: keeps draws apart from masks
 
 
 @dataclass(frozen=True)
-class Piece:
+class Fragment:
     """Text that became certain: of which prompt, of which of its samples."""
 
     prompt: int
@@ -32,33 +33,46 @@ class Piece:
     text: str
 
 
-def generate(model: RecurrentLM, tokenizer: Tokenizer, prompts: list[str], config: GenerateConfig) -> Iterator[Piece]:
-    """Continue each prompt `config.samples` times; pieces of text come as they are made.
+def generate(
+    model: RecurrentLM, tokenizer: Tokenizer, prompts: list[str], config: GenerateConfig
+) -> Iterator[Fragment]:
+    """Continue each prompt `config.samples` times; fragments of text come as they are made.
 
     A prompt is read like the beginning of a document, after an EOS; the empty prompt starts a new document.
+
+    Raises:
+        UserError: the model's head does not predict tokens.
     """
+    if not model.head.predicts_tokens:
+        raise UserError(f"model.head={model.config.head}: does not predict tokens, so there is no text; evaluate it")
+
     contexts = [[tokenizer.eos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     device = model.embedding.weight.device
+
+    # one row of the batch for each sample of each prompt, from the state at its own prompt's end
     warm = [model.next_logits(torch.tensor([ids], device=device), model.zero_hidden(1)) for ids in contexts]
     owners = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(config.samples)]
     logits = torch.cat([warm[prompt][0] for prompt, _ in owners])  # (B, V)
     hidden: Hidden = {name: torch.cat([warm[prompt][1][name] for prompt, _ in owners]) for name in warm[0][1]}
+
     decoders = [tokenizer.decoder(contexts[prompt]) for prompt, _ in owners]
     rows = torch.tensor([(prompt << 20) + sample for prompt, sample in owners])
     running = [True] * len(owners)
+
     for place in range(config.max_tokens):
         tokens = draw(logits.cpu(), config, torch.tensor(place), rows)  # (B,), alike whatever the device
         for row, token in enumerate(tokens.tolist()):
             if running[row]:
                 running[row] = not (config.stop_at_eos and token == tokenizer.eos_id)
                 if text := decoders[row].push(token):
-                    yield Piece(*owners[row], text)
+                    yield Fragment(*owners[row], text)
         if not any(running):
             break
         logits, hidden = model.next_logits(tokens[:, None].to(device), hidden)
+
     for owner, decoder in zip(owners, decoders, strict=True):
         if text := decoder.finish():
-            yield Piece(*owner, text)
+            yield Fragment(*owner, text)
 
 
 def continuations(
@@ -66,8 +80,8 @@ def continuations(
 ) -> dict[tuple[int, int], str]:
     """(number of the prompt, number of the sample) -> the prompt and its continuation."""
     texts = {(prompt, sample): prompts[prompt] for prompt in range(len(prompts)) for sample in range(config.samples)}
-    for piece in generate(model, tokenizer, prompts, config) if prompts else ():
-        texts[piece.prompt, piece.sample] += piece.text
+    for fragment in generate(model, tokenizer, prompts, config) if prompts else ():
+        texts[fragment.prompt, fragment.sample] += fragment.text
     return texts
 
 
@@ -77,8 +91,8 @@ def write_continuations(
     """Print each prompt with its continuation: a single one as it is made, several when all are done."""
     if len(prompts) * config.samples == 1:
         out.write(prompts[0])
-        for piece in generate(model, tokenizer, prompts, config):
-            out.write(piece.text)
+        for fragment in generate(model, tokenizer, prompts, config):
+            out.write(fragment.text)
             out.flush()
     else:
         out.write("\n---\n".join(continuations(model, tokenizer, prompts, config).values()))
@@ -103,7 +117,7 @@ def draw(logits: Tensor, config: GenerateConfig, place: Tensor, rows: Tensor) ->
     if config.temperature == 0:
         return logits.argmax(dim=1)
     logits = restrict(logits.double() / config.temperature, config.top_k, config.top_p)
-    bits = mix(hashed_bits(config.seed, SITE, place, rows, 1, logits.shape[1])[0])  # (B, V)
+    bits = mix(hashed_bits(config.seed, PLACE, place, rows, 1, logits.shape[1])[0])  # (B, V)
     uniform = (bits.double() + (2**31 + 0.5)) / 2**32  # in (0, 1), both ends excluded
     return (logits - (-uniform.log()).log()).argmax(dim=1)
 
@@ -115,12 +129,15 @@ def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """
     if not 0 < top_k < logits.shape[1] and top_p >= 1:
         return logits
+
     ordered, ids = logits.sort(dim=1, descending=True, stable=True)  # (B, V)
     if 0 < top_k < logits.shape[1]:
         ordered[:, top_k:] = -torch.inf
+
     probabilities = ordered.softmax(dim=1)
     before = probabilities.cumsum(dim=1) - probabilities
     before[:, 0] = 0.0
     ordered = ordered.masked_fill(before >= top_p, -torch.inf) if top_p < 1 else ordered
-    ordered[:, 0] = logits.amax(dim=1)
+    ordered[:, 0] = logits.amax(dim=1)  # stays even where top_p is 0
+
     return torch.full_like(logits, -torch.inf).scatter(1, ids, ordered)

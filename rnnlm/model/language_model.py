@@ -1,6 +1,6 @@
-"""The recurrent language model: embedding -> recurrent layers -> head.
+"""The recurrent language model: embedding -> layers -> head.
 
-    B substreams, T window, E embedding, H hidden, D width of the head's input, V vocabulary, L layers
+    B substreams, T window, E embedding, H width of the layers' output, V vocabulary
 
 Data enters as (B, T), batch first as it lies in the stream; inside, the window comes first, (T, B, ...), as the
 recurrent kernels want it. The hidden state is an argument and a result, never a buffer: DDP would overwrite every
@@ -9,21 +9,19 @@ rank's with rank 0's. Training returns a loss, not logits; the price is that log
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from rnnlm.config import ModelConfig
-from rnnlm.model.dropout import dropout
-from rnnlm.model.heads import linear_cross_entropy, token_losses
-from rnnlm.model.layers import STATES, Hidden, RecurrentLayer, named_generator
+from rnnlm.model.heads import build_head
+from rnnlm.model.layers import LAYERS, Context, Hidden, Layer, State, named_generator
 from rnnlm.model.precision import compute_dtype, full_precision
 
 
 class RecurrentLM(nn.Module):
     """A recurrent language model over a vocabulary of `vocab_size` pieces.
-
-    The head is a matrix of its own, or with `tied` the token vectors (Press & Wolf 2017), behind a projection H -> E
-    where the two sizes differ (as in Melis et al. 2018).
 
     Args:
         seed: of the initial weights and of the dropout masks.
@@ -32,32 +30,47 @@ class RecurrentLM(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int, loss_chunk_tokens: int = 512):
         super().__init__()
-        self.config, self.vocab_size, self.seed, self.chunk = config, vocab_size, seed, loss_chunk_tokens
-        width, hidden = config.embedding_size, config.hidden_size
-        self.embedding = nn.Embedding(vocab_size, width)
-        self.layers = nn.ModuleList(
-            RecurrentLayer(config.cell, width if index == 0 else hidden, hidden) for index in range(config.layers)
-        )
-        self.projection = nn.Linear(hidden, width, bias=False) if config.tied and width != hidden else nn.Identity()
-        self.head = nn.Linear(width if config.tied else hidden, vocab_size)
+        self.config, self.vocab_size, self.seed = config, vocab_size, seed
+        self.embedding = nn.Embedding(vocab_size, config.embedding_size)
+
+        layers, width = list[Layer](), config.embedding_size
+        for _ in range(config.layers):
+            layers.append(LAYERS[config.cell](config, width))
+            width = layers[-1].output_size
+        self.layers = nn.ModuleList(layers)
+
+        self.head = build_head(config, width, self.embedding, loss_chunk_tokens)
         self.ran_in: dict[str, str] = {}  # the dtype that each part really trained in, last time
         self._initialise()
-        if config.tied:
-            self.head.weight = self.embedding.weight
 
     def _initialise(self) -> None:
-        """Token vectors and head uniform in +-init_range (Zaremba et al. 2014), head bias zero, layers by init."""
+        """Token vectors uniform in +-init_range (Zaremba et al. 2014); layers and head as they say themselves."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the bits of an orthogonal matrix depend on the threads that made it
+
         spread = self.config.init_range
-        for name, part in self.named_children():
-            if isinstance(part, nn.Embedding | nn.Linear):
-                part.weight.data.uniform_(-spread, spread, generator=named_generator(self.seed, name))
-        self.head.bias.data.zero_()
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, RecurrentLayer)
-            layer.initialise(self.config, self.seed, f"layer{index}")
+        self.embedding.weight.data.uniform_(-spread, spread, generator=named_generator(self.seed, "embedding"))
+        for name, layer in self.named_layers():
+            layer.initialise(self.config, partial(named_generator, self.seed, prefix=f"{name}."))
+        self.head.initialise(self.config, partial(named_generator, self.seed))
+
         torch.set_num_threads(threads)
+
+    def named_layers(self) -> list[tuple[str, Layer]]:
+        """("layer0", the first layer), ..."""
+        return [(f"layer{index}", layer) for index, layer in enumerate(self.layers) if isinstance(layer, Layer)]
+
+    def states(self) -> dict[str, State]:
+        """What the hidden state is made of: "layer0.h", ... -> its declaration."""
+        return {f"{name}.{state.name}": state for name, layer in self.named_layers() for state in layer.states()}
+
+    def zero_hidden(self, batch: int) -> Hidden:
+        """The state before the first token: each (B, ...), filled as it declares."""
+        device = self.embedding.weight.device
+        return {
+            name: torch.full((batch, *state.shape), state.fill, dtype=state.dtype, device=device)
+            for name, state in self.states().items()
+        }
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part; shared ones are counted where they first occur."""
@@ -67,16 +80,6 @@ class RecurrentLM(nn.Module):
             counts[part] = counts.get(part, 0) + parameter.numel()
         return {**counts, "total": sum(counts.values())}
 
-    def zero_hidden(self, batch: int) -> Hidden:
-        """The state before the first token: each (B, H) zeros."""
-        weight = self.embedding.weight
-        shape = (batch, self.config.hidden_size)
-        return {
-            f"layer{index}.{part}": torch.zeros(shape, device=weight.device, dtype=weight.dtype)
-            for index in range(self.config.layers)
-            for part in STATES[self.config.cell]
-        }
-
     def forward(
         self, tokens: Tensor, hidden: Hidden, targets: Tensor, step: Tensor, rows: Tensor
     ) -> tuple[Tensor, Tensor, Hidden]:
@@ -84,57 +87,46 @@ class RecurrentLM(nn.Module):
 
         Args:
             tokens: (B, T) int64
-            hidden: the state that the previous window returned, each (B, H); zeros at the start
+            hidden: the state that the previous window returned; `zero_hidden` at the start
             targets: (B, T) int64, -1 where masked
             step: () int64, which dropout masks
             rows: (B,) int64 global numbers of the substreams, likewise
 
         Returns:
-            () the summed loss in nats, () the number of targets, and the new state, each (B, H) fp32.
+            () the summed loss in nats, () the number of targets, and the new state.
         """
-        out, hidden = self._run(tokens, hidden, step, rows)
-        self.ran_in["head"] = _name(compute_dtype(self.head.weight))
-        wanted = targets.t().reshape(-1)  # (T * B,)
-        loss = linear_cross_entropy(out.flatten(0, 1), self.head.weight, self.head.bias, wanted, self.chunk)
-        return loss, (wanted >= 0).sum(), hidden
+        out, hidden = self._run(tokens, hidden, Context(self.seed, step, rows))
+        self.ran_in["head"] = _name(compute_dtype(next(self.head.parameters())))
+        wanted = targets.t().contiguous()  # (T, B)
+        return self.head.loss(out, wanted), (wanted >= 0).sum(), hidden
 
     @torch.no_grad()
     @full_precision()
     def token_losses(self, tokens: Tensor, hidden: Hidden, targets: Tensor) -> tuple[Tensor, Hidden]:
         """Loss of every token, (B, T) in nats, 0 where masked, without dropout or gradients; and the new state."""
-        out, hidden = self._run(tokens, hidden)
-        losses = token_losses(out.flatten(0, 1), self.head.weight, self.head.bias, targets.t().reshape(-1))
-        return losses.view(targets.shape[1], targets.shape[0]).t(), hidden
+        out, hidden = self._run(tokens, hidden, Context())
+        return self.head.token_losses(out, targets.t()).t(), hidden
 
     @torch.no_grad()
     @full_precision()
     def next_logits(self, tokens: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
         """Logits of the token after the last one, (B, V); and the new state."""
-        out, hidden = self._run(tokens, hidden)
-        logits: Tensor = self.head(out[-1])
-        return logits, hidden
+        out, hidden = self._run(tokens, hidden, Context())
+        return self.head.logits(out[-1]), hidden
 
-    def _run(
-        self, tokens: Tensor, hidden: Hidden, step: Tensor | None = None, rows: Tensor | None = None
-    ) -> tuple[Tensor, Hidden]:
-        """(T, B, D) what the head sees, and the new state; dropout only where `step` and `rows` are given."""
+    def _run(self, tokens: Tensor, hidden: Hidden, context: Context) -> tuple[Tensor, Hidden]:
+        """(T, B, H) what the head sees, and the new state."""
+        locked, probability = self.config.dropout_kind == "locked", self.config.dropout
+        x = context.dropout(self.embedding(tokens.t()), "embedding", probability, locked)  # (T, B, E)
 
-        def drop(x: Tensor, site: int) -> Tensor:
-            if step is None or rows is None:
-                return x
-            locked = self.config.dropout_kind == "locked"
-            return dropout(x, self.config.dropout, locked, self.seed, site, step, rows)
-
-        x = drop(self.embedding(tokens.t()), 0)  # (T, B, E)
         after: Hidden = {}
-        for index, layer in enumerate(self.layers):
-            names = [f"layer{index}.{part}" for part in STATES[self.config.cell]]
-            x, states = layer(x, [hidden[name] for name in names])  # (T, B, H)
-            if step is not None:  # training; evaluation is always in fp32
-                self.ran_in[f"layer{index}"] = _name(x.dtype)
-            after.update(zip(names, states, strict=True))
-            x = drop(x, index + 1)
-        x = self.projection(x)  # (T, B, D)
+        for name, layer in self.named_layers():
+            inner, states = context.within(name), [f"{name}.{state.name}" for state in layer.states()]
+            x, new = layer(x, [hidden[state] for state in states], inner)  # (T, B, H)
+            after.update(zip(states, new, strict=True))
+            if context.step is not None:  # training; evaluation is always in fp32
+                self.ran_in[name] = _name(x.dtype)
+            x = inner.dropout(x, "output", probability, locked)
         return x, after
 
 

@@ -1,4 +1,4 @@
-"""In which precision products run."""
+"""In which precision products run: what autocast asks for in training, full fp32 where a model is measured."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def full_precision() -> Iterator[None]:
     if not torch.cuda.is_available():
         yield
         return
+
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

@@ -1,4 +1,7 @@
-"""Scoring a stream on all processes of a run, in training and after it."""
+"""Evaluating a stream on all processes of a run, in training and after it.
+
+The price of one function for both: an evaluation after training starts the processes as training does.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
 from rnnlm.model.evaluate import Evaluation, evaluate
 from rnnlm.model.language_model import RecurrentLM
-from rnnlm.train.distributed import Accelerator, Meeting, end, from_main, start_accelerator
+from rnnlm.train.distributed import Accelerator, Heartbeat, launched, on_all_ranks, run_on_main
 from rnnlm.train.load import choose, load_model
 
 
 def evaluate_run(config: Config) -> Evaluation:
-    """Score eval.split with the model that run.checkpoint names, on all processes.
+    """Evaluate eval.split with the model that run.checkpoint names, on all processes.
 
     Raises:
         UserError: no run, no stream, or a stream of another tokenizer.
@@ -27,29 +30,32 @@ def evaluate_run(config: Config) -> Evaluation:
     if stream.manifest.tokenizer != (Tokenizer.load(own).digest if own.exists() else ""):
         way_out = f"build or adopt it with {own}" if own.exists() else f"there is no {own}: adopt it without one"
         raise UserError(f"{stream.directory}: built with another tokenizer than the run's; {way_out}")
+
     exact = dataclasses.replace(config.train, precision="fp32", tf32=False)
-    accelerator = start_accelerator(dataclasses.replace(config, train=exact))
-    path = from_main(accelerator, lambda: str(choose(config)))
-    model, _, _ = load_model(config, Path(path), accelerator.device)
+    with launched(dataclasses.replace(config, train=exact)) as accelerator:
+        path = run_on_main(accelerator, lambda: str(choose(config)))
+        model, _, _ = load_model(config, Path(path), accelerator.device)
+        with on_all_ranks():
+            _check_vocabulary(stream, model)
+        return evaluate_on_all_ranks(accelerator, model, stream, config)
+
+
+def _check_vocabulary(stream: TokenStream, model: RecurrentLM) -> None:
     if model.vocab_size != stream.manifest.vocab_size:
-        end(accelerator)
         raise UserError(
             f"{stream.directory}: has a vocabulary of {stream.manifest.vocab_size}, the run's model one of "
             f"{model.vocab_size}; adopt the stream with --vocab-size={model.vocab_size}"
         )
-    result = score(accelerator, model, stream, config)
-    end(accelerator)
-    return result
 
 
-def score(
+def evaluate_on_all_ranks(
     accelerator: Accelerator,
     model: RecurrentLM,
     stream: TokenStream,
     config: Config,
     beat: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Evaluate on all processes, each with its share of the blocks; the result is everyone's."""
+    """Evaluate on all processes, each with its share of the blocks; all have the result."""
     return evaluate(
         model,
         stream,
@@ -58,5 +64,5 @@ def score(
         accelerator.process_index,
         accelerator.num_processes,
         lambda sums: accelerator.reduce(sums, "sum"),
-        Meeting(accelerator, beat),
+        Heartbeat(accelerator, beat),
     )

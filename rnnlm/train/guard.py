@@ -1,12 +1,13 @@
-"""Numbers that are not finite, and losses that jump: found and passed over on the device, without waiting for it.
+"""Numbers that are not finite, and losses that jump: found and skipped on the device, without waiting for it.
 
 A step whose loss or gradient is not finite updates nothing, on any rank: a loss that is not finite makes the gradient
 NaN before it is summed, so that every rank sees the same norm. A substream whose hidden state is not finite starts
-from zero again, alone. Counts stay on the device until a line is logged. The price: they are seen only then.
+again from zero, alone. Counts stay on the device until a line is logged. The price: they are seen only then.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,22 +19,35 @@ SPIKE_WINDOW = 128  # losses that a spike is measured against, as in OLMo-core's
 MIN_LOSSES = 32
 
 
-class Health:
-    """What was passed over so far; saved with every checkpoint."""
+class Guard:
+    """What was skipped and reset so far; saved with every checkpoint."""
 
     def __init__(self, device: torch.device):
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # steps skipped, of these in a row, losses seen
         self.resets = torch.zeros((), dtype=torch.int64, device=device)  # of substreams of this process
-        self.losses = torch.zeros(SPIKE_WINDOW, dtype=torch.float64, device=device)
+        self.losses = torch.zeros(SPIKE_WINDOW, dtype=torch.float64, device=device)  # the last ones, in a ring
 
-    def reset_rows(self, hidden: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The states (B, H) with zeros in every row in which one of them is not finite."""
-        sums = torch.stack([state.sum(dim=1, dtype=torch.float32) for state in hidden.values()])  # (states, B)
-        finite = torch.isfinite(sums).all(dim=0)  # (B,); a third of the time of asking every number
+    def reset_rows(self, hidden: Mapping[str, Tensor], zero: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The states with their first value in every row in which one of them is not finite.
+
+        Args:
+            hidden: each (B, ...)
+            zero: each (1, ...), the state before the first token.
+        """
+        floating = [state.flatten(1) for state in hidden.values() if state.is_floating_point()]
+        if not floating:
+            return dict(hidden)
+
+        # sums over each row: a third of the time of asking every number
+        sums = torch.stack([state.sum(dim=1, dtype=torch.float32) for state in floating])  # (states, B)
+        finite = torch.isfinite(sums).all(dim=0)  # (B,)
         self.resets += (~finite).sum()
-        return {name: torch.where(finite[:, None], state, 0.0) for name, state in hidden.items()}
+        return {
+            name: torch.where(finite.view(-1, *[1] * (state.dim() - 1)), state, zero[name])
+            for name, state in hidden.items()
+        }
 
-    def judge(self, gradient_norm: Tensor, mean_loss: Tensor | None = None, sigmas: float = 0.0) -> Tensor:
+    def should_skip(self, gradient_norm: Tensor, mean_loss: Tensor | None = None, sigmas: float = 0.0) -> Tensor:
         """() bool: whether this step is to be skipped.
 
         Args:
@@ -43,20 +57,29 @@ class Health:
         """
         skip = ~torch.isfinite(gradient_norm)
         if mean_loss is not None:
-            seen = self.counts[2]
-            known = torch.arange(SPIKE_WINDOW, device=self.losses.device) < seen
-            count = known.sum().clamp(min=1)
-            mean = (self.losses * known).sum() / count
-            deviation = (((self.losses - mean) * known) ** 2).sum().div(count).sqrt()
             finite = torch.isfinite(mean_loss)
-            skip |= finite & (seen >= MIN_LOSSES) & (mean_loss > mean + sigmas * deviation)
-            place = torch.where(finite, seen % SPIKE_WINDOW, SPIKE_WINDOW)
-            extended = torch.cat([self.losses, self.losses.new_zeros(1)])
-            self.losses = extended.index_copy(0, place[None], mean_loss.double()[None])[:SPIKE_WINDOW]
-            self.counts[2] += finite
+            skip |= finite & self._is_spike(mean_loss, sigmas)
+            self._remember(mean_loss, finite)
+
         self.counts[0] += skip
         self.counts[1] = torch.where(skip, self.counts[1] + 1, 0)
         return skip
+
+    def _is_spike(self, mean_loss: Tensor, sigmas: float) -> Tensor:
+        """() bool, of a loss () against those remembered; never before there are MIN_LOSSES."""
+        seen = self.counts[2]
+        known = torch.arange(SPIKE_WINDOW, device=self.losses.device) < seen
+        count = known.sum().clamp(min=1)
+        mean = (self.losses * known).sum() / count
+        deviation = (((self.losses - mean) * known) ** 2).sum().div(count).sqrt()
+        return (seen >= MIN_LOSSES) & (mean_loss > mean + sigmas * deviation)
+
+    def _remember(self, mean_loss: Tensor, finite: Tensor) -> None:
+        """Put a loss () into the ring; one that is not finite into a place beyond its end, without a branch."""
+        place = torch.where(finite, self.counts[2] % SPIKE_WINDOW, SPIKE_WINDOW)
+        extended = torch.cat([self.losses, self.losses.new_zeros(1)])
+        self.losses = extended.index_copy(0, place[None], mean_loss.double()[None])[:SPIKE_WINDOW]
+        self.counts[2] += finite
 
     def check(self, limit: int) -> int:
         """How many steps were skipped so far.
@@ -69,7 +92,7 @@ class Health:
             raise RunError(
                 f"the last {in_a_row} steps had losses or gradients that are not finite, or far too large, and "
                 f"changed nothing (train.stop_after_skipped={limit}); lower optim.learning_rate or "
-                "optim.clip_norm, or use bf16 or fp32, and go on from the last checkpoint"
+                "optim.clip_norm, or use bf16 or fp32, and resume from the last checkpoint"
             )
         return int(skipped)
 
@@ -77,8 +100,8 @@ class Health:
         """For the checkpoint, with the resets of all processes."""
         return {"counts": self.counts.tolist(), "resets": resets, "losses": self.losses.tolist()}
 
-    def restore(self, state: dict[str, Any], is_main: bool) -> None:
-        """Take over what a checkpoint holds; one process carries what was summed over all."""
-        self.counts.copy_(torch.tensor(state["counts"]))
-        self.losses.copy_(torch.tensor(state["losses"], dtype=torch.float64))
-        self.resets.fill_(state["resets"] if is_main else 0)
+    def restore(self, counts: list[int], losses: list[float], resets: int) -> None:
+        """Take over what a checkpoint holds; the resets of all processes go to one of them, 0 to the others."""
+        self.counts.copy_(torch.tensor(counts))
+        self.losses.copy_(torch.tensor(losses, dtype=torch.float64))
+        self.resets.fill_(resets)

@@ -1,25 +1,26 @@
-"""The mean loss since the last line of metrics."""
+"""The mean loss since the last line of metrics, summed on the device and without waiting for it.
+
+The sums are integers, so that they come out the same in whatever order micro-batches, ranks and attempts of the run
+are added: a resumed run logs the bits of an uninterrupted one. The price: a resolution of 1e-6 nats of a micro-batch's
+loss.
+"""
 
 from __future__ import annotations
 
 import torch
 
-FIXED_POINT = 2**20  # losses are summed as integers of this many parts per nat, since integer sums have no order
+FIXED_POINT = 2**20  # losses are summed as integers of this many to the nat, since integer sums have no order
 LARGEST = 2.0**32  # nats of a micro-batch; above it training has diverged and the integers would overflow
 
 
 class IntervalLoss:
-    """The mean loss since the last line, on the device and without waiting for it.
-
-    The sums are integers, so that they come out the same in whatever order micro-batches, ranks and lives of the run
-    are added: a resumed run logs the bits of an uninterrupted one. Resolution: 1e-6 nats of a micro-batch's loss.
-    """
+    """The sums of an interval: (3,) int64 of loss * FIXED_POINT, targets, losses that are not finite."""
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(3, dtype=torch.int64, device=device)  # loss * FIXED_POINT, targets, non-finite losses
+        self.sums = torch.zeros(3, dtype=torch.int64, device=device)
 
     def add(self, loss: torch.Tensor, count: torch.Tensor) -> None:
-        """Take in one micro-batch: () summed loss in nats, () number of targets."""
+        """Add one micro-batch: () summed loss in nats, () number of targets."""
         finite = loss.abs() < LARGEST  # false for NaN
         fixed = (torch.where(finite, loss, 0.0).double() * FIXED_POINT).round().long()
         self.sums += torch.stack([fixed, count, (~finite).long()])
@@ -37,5 +38,5 @@ class IntervalLoss:
     @staticmethod
     def mean(sums: list[int]) -> float | None:
         """Nats per token of reduced sums; None where a loss was not finite, or beyond all use."""
-        loss, count, bad = sums
-        return None if bad else loss / FIXED_POINT / max(1, count)
+        loss, count, not_finite = sums
+        return None if not_finite else loss / FIXED_POINT / max(1, count)

@@ -1,8 +1,9 @@
-"""What a run reports: metrics.jsonl is the truth; console, curves and wandb are views of it.
+"""What a run reports: metrics.jsonl is the truth; console, curves and trackers are views of it.
 
 One JSON object a line, each with `kind`: "start" (every start of the run: processes, substreams of each, devices,
 precisions, versions), "train" (one per interval) and "valid" (one per evaluation). When a run goes back to an older
-checkpoint, the lines of the steps it will do again are dropped first. The price: the file is read once at each start.
+checkpoint, the lines of the steps that it will repeat are dropped first. The price: the file is read once at each
+start.
 """
 
 from __future__ import annotations
@@ -25,15 +26,37 @@ from tqdm import tqdm
 from rnnlm.config import RunConfig
 from rnnlm.files import write_whole
 from rnnlm.train.curves import draw_curves, read_lines
-from rnnlm.train.trackers import start_wandb
+from rnnlm.train.trackers import Trackers
 
 
-class Metrics:
+class SilentMetrics:
+    """What all processes but the main one report: nothing."""
+
+    def write(self, kind: str, record: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, and of the console."""
+
+    def print_line(self, text: str) -> None:
+        """A line for the person at the console."""
+
+    def sample(self, step: int, text: str) -> None:
+        """Append generated text to samples.md."""
+
+    def draw(self, every_seconds: float = 0) -> None:
+        """Draw the curves as they stand, unless that was done less than so many seconds ago."""
+
+    def sync(self) -> None:
+        """Wait until every line is on disk: a checkpoint must not outlive the lines before it."""
+
+    def close(self) -> None:
+        """Finish the bar, the curves and the trackers."""
+
+
+class Metrics(SilentMetrics):
     """Writes one run's reports; made in the main process alone.
 
     Args:
         directory: the run.
-        step: where training starts; later lines and samples are of a life that ended, and are dropped.
+        step: where training starts; later lines and samples are of an attempt that ended, and are dropped.
         total_steps: for the progress bar.
     """
 
@@ -42,88 +65,88 @@ class Metrics:
         self.directory = directory
         keep_lines(self.path, step)
         keep_samples(self.samples, step)
+
         self._file = self.path.open("a", encoding="utf-8")
         self._drawn = time.monotonic()
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True) if terminal else None
-        self._wandb = start_wandb(directory, config)
+        self._trackers = Trackers(directory, config, step, self.print_line)
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, and of the console."""
+        """As declared above; a number that is not finite is written as null."""
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
-        with self.forgiven("metrics.jsonl"):
+        with self._warned("metrics.jsonl"):
             self._file.write(json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
             self._file.flush()
+
         self._show(kind, record)
-        if self._wandb is not None and kind != "start":
-            numbers = {f"{kind}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
-            try:
-                self._wandb.log({**numbers, "tokens": record["tokens"]})
-            except Exception as error:  # whatever goes wrong there is no reason to stop here
-                self.say(f"warning: wandb stopped ({error}); training goes on")
-                self._wandb = None
+        if kind != "start":
+            self._trackers.each(lambda tracker: tracker.log(kind, record))
 
     @contextmanager
-    def forgiven(self, name: str) -> Iterator[None]:
-        """A report that cannot be written is told, and costs nothing else."""
+    def _warned(self, name: str) -> Iterator[None]:
+        """A report that cannot be written is a warning, and costs nothing else."""
         try:
             yield
         except OSError as error:
-            self.say(f"warning: {name} could not be written ({error}); training goes on")
+            self.print_line(f"warning: {name} could not be written ({error}); training continues")
 
     def sync(self) -> None:
-        """Wait until every line is on disk: a checkpoint must not outlive the lines before it."""
-        with self.forgiven("metrics.jsonl"):
+        """As declared above."""
+        with self._warned("metrics.jsonl"):
             os.fsync(self._file.fileno())
 
     def draw(self, every_seconds: float = 0) -> None:
-        """Draw the curves as they stand, unless that was done less than so many seconds ago."""
-        if time.monotonic() - self._drawn >= every_seconds:
-            with self.forgiven("curves.png"):
-                draw_curves(self.path, self.directory / "curves.png")
-            self._drawn = time.monotonic()
+        """As declared above."""
+        if time.monotonic() - self._drawn < every_seconds:
+            return
+        picture = self.directory / "curves.png"
+        with self._warned("curves.png"):
+            draw_curves(self.path, picture)
+            self._trackers.each(lambda tracker: tracker.picture(picture))
+        self._drawn = time.monotonic()
 
-    def say(self, text: str) -> None:
-        """A line for the person at the console."""
+    def print_line(self, text: str) -> None:
+        """As declared above."""
         with suppress(BrokenPipeError):  # nobody reads it any more
             tqdm.write(text, file=sys.stderr) if self._bar else print(text, file=sys.stderr, flush=True)
 
     def _show(self, kind: str, record: Mapping[str, Any]) -> None:
         if kind == "train":
-            loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f} ppl {record['ppl']:.1f}"
-            if self._bar:
-                self._bar.set_postfix_str(f"loss {loss}, {record['tokens_per_second']:,.0f} tok/s", refresh=False)
-                self._bar.update(record["step"] - self._bar.n)
-            else:
-                self.say(
-                    f"step {record['step']} epoch {record['epoch']} loss {loss} lr {record['learning_rate']:.2e} "
-                    f"grad {record['gradient_norm']:.3f} {record['tokens_per_second']:,.0f} tok/s "
-                    f"waiting {record['data_wait_share']:.1%}"
-                )
+            self._show_training(record)
         elif kind == "valid":
             bits = record["bits_per_byte"]  # None where the stream does not know its text
-            self.say(
+            self.print_line(
                 f"step {record['step']} valid loss {record['loss']:.4f} ppl {record['token_perplexity']:.2f}"
                 f"{'' if bits is None else f' bits/byte {bits:.4f}'}{' (best so far)' if record['best'] else ''}"
             )
 
+    def _show_training(self, record: Mapping[str, Any]) -> None:
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f} ppl {record['ppl']:.1f}"
+        if self._bar:
+            self._bar.set_postfix_str(f"loss {loss}, {record['tokens_per_second']:,.0f} tok/s", refresh=False)
+            self._bar.update(record["step"] - self._bar.n)
+            return
+        self.print_line(
+            f"step {record['step']} epoch {record['epoch']} loss {loss} lr {record['learning_rate']:.2e} "
+            f"grad {record['gradient_norm']:.3f} {record['tokens_per_second']:,.0f} tok/s "
+            f"waiting {record['data_wait_share']:.1%}"
+        )
+
     def sample(self, step: int, text: str) -> None:
-        """Append generated text to samples.md."""
-        with self.forgiven("samples.md"), self.samples.open("a", encoding="utf-8") as file:
+        """As declared above."""
+        with self._warned("samples.md"), self.samples.open("a", encoding="utf-8") as file:
             file.write(f"## step {step}\n\n{text}\n\n")
+        self._trackers.each(lambda tracker: tracker.text(step, text))
 
     def close(self) -> None:
-        """Finish the bar, the curves and wandb."""
-        with self.forgiven("metrics.jsonl"):
+        """As declared above."""
+        with self._warned("metrics.jsonl"):
             self._file.close()
         if self._bar:
             self._bar.close()
         self.draw()
-        if self._wandb is not None:
-            try:
-                self._wandb.finish()
-            except Exception as error:
-                self.say(f"warning: wandb did not finish ({error})")
+        self._trackers.each(lambda tracker: tracker.close(), "did not finish")
 
 
 def keep_lines(path: Path, step: int) -> None:

@@ -1,62 +1,121 @@
-"""Optimizers, learning-rate schedules, and what training remembers of its validation losses.
+"""Optimizers: the seam through which a new one enters, and PyTorch's fused Adam, AdamW and SGD.
 
-The learning rate is a pure function of the step and of that memory, set before every update: nothing is stepped, so
-nothing can be stepped twice. The price: a schedule that reacts to validation keeps its memory in the checkpoint.
+What training asks of an optimizer: its state tensors declared by name and shape, so that they exist from the first step
+on, are saved by name, and are compared with the declaration before a checkpoint's are used; and a step that changes
+nothing where a flag on the device says so, since nobody waits for the device to find out. PyTorch's fused optimizers
+skip so (`_step_supports_amp_scaling`, made for gradient scaling in fp16); one that cannot is refused, not run wrong.
+The price: a foreign optimizer must be taught to read `found_inf`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rnnlm.config import OptimConfig
+from rnnlm.config import OPTIMIZERS, OptimConfig
+from rnnlm.errors import UserError
+
+Groups = list[dict[str, Any]]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer over the model's parameters; weight decay applies to matrices, not to biases."""
+def decay_groups(model: nn.Module, config: OptimConfig) -> Groups:
+    """PyTorch's parameter groups: weight decay applies to matrices, not to biases."""
     parameters = list(model.parameters())
-    groups = [
+    return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    if config.name == "sgd":
-        sgd = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
-        if config.momentum:  # else a first step that is skipped would leave it as it found its memory
-            for parameter in parameters:
-                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
-        return sgd
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """What `optim.name` stands for.
+
+    Args:
+        build: the optimizer over groups of the model's parameters.
+        state: name -> zeros of the shape, dtype and device that the optimizer keeps under it for one parameter, as in
+            its `state[parameter]`; it must begin from them as if it had made them itself.
+    """
+
+    build: Callable[[Groups, OptimConfig], torch.optim.Optimizer]
+    state: Callable[[Tensor, OptimConfig], dict[str, Tensor]]
+    groups: Callable[[nn.Module, OptimConfig], Groups] = decay_groups
+
+
+_KINDS: dict[str, OptimizerKind] = {}
+
+
+def register_optimizer(name: str, kind: OptimizerKind) -> None:
+    """Let `optim.name=name` stand for this kind."""
+    _KINDS[name] = kind
+    if name not in OPTIMIZERS:
+        OPTIMIZERS.append(name)
+
+
+def _adam_state(parameter: Tensor, config: OptimConfig) -> dict[str, Tensor]:
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)  # where the fused kernels keep it
+    return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+
+def _build_adam(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
+def _sgd_state(parameter: Tensor, config: OptimConfig) -> dict[str, Tensor]:
+    return {"momentum_buffer": torch.zeros_like(parameter)} if config.momentum else {}
+
+
+def _build_sgd(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+
+
+register_optimizer("adam", OptimizerKind(_build_adam, _adam_state))
+register_optimizer("adamw", OptimizerKind(_build_adam, _adam_state))
+register_optimizer("sgd", OptimizerKind(_build_sgd, _sgd_state))
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer over the model's parameters, with its state in place: fused SGD leaves its momentum uninitialised
+    when its first step is skipped.
+
+    Raises:
+        UserError: it cannot skip a step exactly.
+    """
+    kind = _KINDS[config.name]
+    optimizer = kind.build(kind.groups(model, config), config)
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise UserError(
+            f"optim.name={config.name}: {type(optimizer).__name__} cannot skip a step whose gradient is not finite "
+            "without waiting for the device; make its step() do nothing where its attribute found_inf is 1, and set "
+            "_step_supports_amp_scaling = True on it"
+        )
+
+    for parameter in model.parameters():
+        optimizer.state[parameter] = kind.state(parameter.detach(), config)
+    return optimizer
+
+
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as `parameter.key` -> tensor, named like the model's parameters."""
+    """The optimizer's state, in its own memory, as `parameter.key` -> tensor, named like the model's parameters."""
     return {
         f"{name}.{key}": value
         for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for key, value in optimizer.state[parameter].items()
         if isinstance(value, Tensor)  # SGD without momentum keeps None
     }
 
 
-def expected_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Names, shapes and dtypes (as `meta` tensors) of what `optimizer_tensors` gives after a step."""
-    moments = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
-    keys = ("exp_avg", "exp_avg_sq") if moments else ("momentum_buffer",) * bool(optimizer.defaults["momentum"])
-    expected: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        expected |= {f"{name}.{key}": torch.empty_like(parameter, device="meta") for key in keys}
-        if moments:
-            expected[f"{name}.step"] = torch.empty((), dtype=torch.float32, device="meta")
-    return expected
+def skip_next_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Let the next step change nothing where `skip`, () bool on the device, is true."""
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave; scalars stay where the fused kernels keep them."""
-    for name, parameter in model.named_parameters():
-        prefix = f"{name}."
-        found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if found:
-            optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in found.items()}
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of the next step, in all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,4 +1,8 @@
-"""The learning rate of a step, and what training remembers of its validation losses."""
+"""The learning rate of a step, and what training remembers of its validation losses.
+
+The learning rate is a pure function of the step and of that memory, set before every update: nothing is stepped, so
+nothing can be stepped twice. The price: a schedule that reacts to validation keeps its memory in the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +24,12 @@ class ValidationMemory:
     learning_rate_scale: float = 1.0  # product of the plateau schedule's cuts
 
     def update(self, loss: float, step: int, config: OptimConfig) -> bool:
-        """Take in a validation loss; whether it is a new best. One that is not finite never is."""
+        """Add a validation loss; whether it is a new best. One that is not finite never is."""
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best_loss, self.best_step = loss, step
             self.evaluations_since_best = self.evaluations_since_cut = 0
             return True
+
         self.evaluations_since_best += 1
         self.evaluations_since_cut += 1
         if config.schedule == "plateau" and self.evaluations_since_cut > config.plateau_patience:

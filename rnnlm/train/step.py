@@ -14,18 +14,21 @@ import torch
 from torch import Tensor
 
 from rnnlm.checkpoint.checkpoint import Checkpoint, copy_tensors
+from rnnlm.checkpoint.safetensors_file import CheckpointError
 from rnnlm.config import Config
 from rnnlm.data.substreams import Batch
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.model.layers import Hidden
-from rnnlm.train.distributed import Accelerator, TreeSum
-from rnnlm.train.guard import Health
+from rnnlm.train.distributed import Accelerator
+from rnnlm.train.guard import Guard
 from rnnlm.train.interval_loss import IntervalLoss
-from rnnlm.train.optim import build_optimizer, expected_optimizer_tensors, load_optimizer_tensors, optimizer_tensors
+from rnnlm.train.optim import build_optimizer, optimizer_tensors, set_learning_rate, skip_next_step
+from rnnlm.train.state import TrainerState
+from rnnlm.train.tree_sum import TreeSum
 
 
-class Learner:
-    """Parameters, optimizer and the hidden states of substreams first..last-1: all that a step changes."""
+class TrainStep:
+    """Parameters, optimizer and the hidden states of substreams first ... last - 1: all that a step changes."""
 
     def __init__(self, config: Config, vocab_size: int, accelerator: Accelerator, first: int, last: int):
         self.config, self.accelerator, self.first, self.last = config, accelerator, first, last
@@ -33,87 +36,105 @@ class Learner:
         self.raw = raw.to(accelerator.device)  # without DDP and autocast: for evaluation, generation, saving
         self.raw_optimizer = build_optimizer(self.raw, config.optim)
         self.model, self.optimizer = accelerator.prepare(self.raw, self.raw_optimizer)
+
         self.rows = torch.arange(first, last, device=accelerator.device)
+        self.zero = self.raw.zero_hidden(1)  # a row's state before the first token
         self.hidden: Hidden = self.raw.zero_hidden(last - first)
-        self.interval, self.health = IntervalLoss(accelerator.device), Health(accelerator.device)
+        self.interval, self.guard = IntervalLoss(accelerator.device), Guard(accelerator.device)
         self.gradient_norm = torch.zeros((), device=accelerator.device)
         self.rate = 0.0  # the last step's learning rate
-        self._settle()
+        self._lay_out_buckets()
 
-    def _settle(self) -> None:
+    def _lay_out_buckets(self) -> None:
         """Let DDP lay out its buckets, which it does after the first backward pass, before the first step.
 
-        Otherwise the first step of every life would sum its gradients in another order than the same step of an
+        Otherwise the first step of every attempt would sum its gradients in another order than the same step of an
         uninterrupted run; from three processes on the bits would differ.
         """
-        zero = torch.zeros((1, 1), dtype=torch.int64, device=self.rows.device)
-        loss, _, _ = self.model(zero, self.raw.zero_hidden(1), zero, zero[0, 0], self.rows[:1])
+        token = torch.zeros((1, 1), dtype=torch.int64, device=self.rows.device)
+        loss, _, _ = self.model(token, self.zero, token, token[0, 0], self.rows[:1])
         loss.backward()
         self.raw_optimizer.zero_grad()
 
     @property
-    def parts(self) -> int:
+    def micro_batches(self) -> int:
         """Micro-batches of this process in a step."""
         train = self.config.train
         return train.exact_slices // self.accelerator.num_processes if train.exact_slices else train.accumulation
 
-    def learn(self, batch: Batch, begins: bool, rate: float) -> None:
+    def run(self, batch: Batch, begins: bool, rate: float) -> None:
         """Forward, backward, clip, update.
 
         Args:
             begins: whether an epoch does; hidden states then start from zero.
             rate: the learning rate.
         """
-        train, device = self.config.train, self.rows.device
-        inputs, targets = batch.to(device)  # (B, T) each
+        inputs, targets = batch.to(self.rows.device)  # (B, T) each
+        step = torch.full((), batch.step, device=self.rows.device)  # int64, filled on the device: no copy to wait for
         if begins:
             self.hidden = self.raw.zero_hidden(self.last - self.first)
-        step = torch.full((), batch.step, device=device)  # int64, filled on the device: no copy to wait for
-        tree = TreeSum() if train.exact_slices else None
-        # a mean over substreams and time; DDP averages over processes: times their number it is a sum
-        scale = (1 if tree else self.accelerator.num_processes) / (train.global_batch_size * train.seq_len)
-        after: list[Hidden] = []
-        size = (self.last - self.first) // self.parts
         before = self.interval.sums.clone()
+
+        tree = TreeSum() if self.config.train.exact_slices else None
+        after: list[Hidden] = []
+        size = (self.last - self.first) // self.micro_batches
         for start in range(0, self.last - self.first, size):
-            own = slice(start, start + size)
-            hidden = {name: state[own] for name, state in self.hidden.items()}
-            is_last = own.stop == self.last - self.first
-            with nullcontext() if is_last and not tree else self.accelerator.no_sync(self.model):
-                loss, count, hidden = self.model(inputs[own], hidden, targets[own], step, self.rows[own])
-                poison = loss.detach() * 0  # NaN where the loss is not finite, and then so is the gradient of all ranks
-                self.accelerator.backward(loss * (scale + poison))
+            is_last = start + size == self.last - self.first
+            after.append(self._micro_batch(inputs, targets, step, slice(start, start + size), is_last, tree))
             if tree:
                 tree.add(self._gradients())
                 if not is_last:
                     self.raw_optimizer.zero_grad()
-            self.interval.add(loss.detach(), count)
-            after.append({name: state.detach() for name, state in hidden.items()})
         if tree:
             tree.finish(self._gradients())
+
         joined = {name: torch.cat([each[name] for each in after]) for name in self.hidden}
-        self.hidden = self.health.reset_rows(joined)
+        self.hidden = self.guard.reset_rows(joined, self.zero)
         self._update(self.interval.sums - before, rate)
+
+    def _micro_batch(
+        self, inputs: Tensor, targets: Tensor, step: Tensor, own: slice, is_last: bool, tree: TreeSum | None
+    ) -> Hidden:
+        """Forward and backward of some rows; their new hidden state.
+
+        Args:
+            inputs, targets: (B, T) int64, of all micro-batches.
+            own: the rows of this one.
+            is_last: DDP then sums the gradients over the processes, unless `tree` does.
+        """
+        train = self.config.train
+        # a mean over substreams and time; DDP averages over processes: times their number it is a sum
+        scale = (1 if tree else self.accelerator.num_processes) / (train.global_batch_size * train.seq_len)
+        hidden = {name: state[own] for name, state in self.hidden.items()}
+
+        with nullcontext() if is_last and not tree else self.accelerator.no_sync(self.model):
+            loss, count, hidden = self.model(inputs[own], hidden, targets[own], step, self.rows[own])
+            nan_if_not_finite = loss.detach() * 0  # then the gradient is NaN too, and so on all ranks
+            self.accelerator.backward(loss * (scale + nan_if_not_finite))
+
+        self.interval.add(loss.detach(), count)
+        return {name: state.detach() for name, state in hidden.items()}
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.raw.parameters() if parameter.grad is not None]
 
     def _update(self, sums: Tensor, rate: float) -> None:
-        """Clip, and apply the gradient, unless it is of no use.
+        """Clip, and apply the gradient, unless the guard skips it.
 
         Args:
-            sums: what this step added to the interval's, for the rule of spikes.
+            sums: (3,) what this step added to the interval's, for the rule of spikes.
         """
         sigmas, self.rate = self.config.train.skip_spikes_sigmas, rate
         norm = self.accelerator.clip_grad_norm_(self.raw.parameters(), self.config.optim.clip_norm or float("inf"))
         assert norm is not None
         self.gradient_norm = norm.detach()
+
         loss = IntervalLoss.tensor_mean(self.accelerator.reduce(sums, "sum")) if sigmas else None
-        skip = self.health.judge(self.gradient_norm, loss, sigmas)
-        for group in self.raw_optimizer.param_groups:
-            group["lr"] = rate
+        skip = self.guard.should_skip(self.gradient_norm, loss, sigmas)
         if not self.accelerator.scaler:  # fp16's scaler finds out by itself
-            self.raw_optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # the fused kernels then do nothing
+            skip_next_step(self.raw_optimizer, skip)
+
+        set_learning_rate(self.raw_optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -124,7 +145,7 @@ class Learner:
             RunError: too many steps in a row were skipped.
         """
         sums = self.accelerator.reduce(self.interval.sums, "sum").tolist()
-        skipped = self.health.check(self.config.train.stop_after_skipped)
+        skipped = self.guard.check(self.config.train.stop_after_skipped)
         self.interval = IntervalLoss(self.rows.device)
         return {
             "loss": IntervalLoss.mean(sums),
@@ -135,10 +156,10 @@ class Learner:
         }
 
     def _resets(self) -> int:
-        return int(self.accelerator.reduce(self.health.resets.clone(), "sum"))
+        return int(self.accelerator.reduce(self.guard.resets.clone(), "sum"))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds of all processes: `model`, `optimizer`, and `hidden`, each (S, H); called by all."""
+        """What a checkpoint holds of all processes: `model`, `optimizer`, and `hidden`, each (S, ...); called by all."""
         return {
             "model": dict(self.raw.named_parameters()),
             "optimizer": optimizer_tensors(self.raw, self.raw_optimizer),
@@ -150,12 +171,17 @@ class Learner:
         scaler = self.accelerator.scaler
         return {
             "interval": self.accelerator.reduce(self.interval.sums.clone(), "sum").tolist(),
-            "health": self.health.to_dict(self._resets()),
+            "health": self.guard.to_dict(self._resets()),
             "scaler": scaler.state_dict() if scaler else {},
+            "layouts": self.layouts(),
         }
 
-    def restore(self, found: Checkpoint, same_rows: bool) -> Tensor | None:
-        """Take over what a checkpoint holds for these rows; where they ended, (rows,).
+    def layouts(self) -> dict[str, str]:
+        """The layout of each state that has a tag for it."""
+        return {name: state.layout for name, state in self.raw.states().items() if state.layout}
+
+    def restore(self, found: Checkpoint, state: TrainerState, same_rows: bool) -> Tensor | None:
+        """Take over what a checkpoint holds for these rows; where they ended, (rows,) int64.
 
         Args:
             same_rows: else an epoch begins, all hidden states with it from zero, and there is nothing to return.
@@ -165,19 +191,27 @@ class Learner:
         """
         parameters = dict(self.raw.named_parameters())
         copy_tensors(parameters, found.tensors("model", parameters), found.path)
-        expected = expected_optimizer_tensors(self.raw, self.raw_optimizer) if found.state["step"] else None
-        load_optimizer_tensors(self.raw, self.raw_optimizer, found.tensors("optimizer", expected))
+        moments = optimizer_tensors(self.raw, self.raw_optimizer)
+        copy_tensors(moments, found.tensors("optimizer", moments), found.path)
+
         is_main = self.accelerator.is_main_process  # it carries what was summed over all
         if is_main:
-            self.interval.restore(found.state["interval"])
-        self.health.restore(found.state["health"], is_main)
-        if self.accelerator.scaler and found.state["scaler"]:
-            self.accelerator.scaler.load_state_dict(found.state["scaler"])
-        if not same_rows:
-            return None
+            self.interval.restore(state.interval)
+        self.guard.restore(state.health.counts, state.health.losses, state.health.resets if is_main else 0)
+        if self.accelerator.scaler and state.scaler:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        return self._restore_hidden(found, state) if same_rows else None
+
+    def _restore_hidden(self, found: Checkpoint, state: TrainerState) -> Tensor:
+        if state.layouts != self.layouts():
+            raise CheckpointError(
+                f"{found.path}: hidden states of the layout {state.layouts}, this code has {self.layouts()}; "
+                "resume with the code that wrote them"
+            )
         rows = self.config.train.global_batch_size
-        whole = {name: each.new_empty((rows, each.shape[1]), device="meta") for name, each in self.hidden.items()}
+        whole = {name: each.new_empty((rows, *each.shape[1:]), device="meta") for name, each in self.hidden.items()}
         whole["ended"] = torch.empty(rows, dtype=torch.int64, device="meta")
+
         own = {name: each[self.first : self.last] for name, each in found.tensors("hidden", whole).items()}
         ended = own.pop("ended")
         copy_tensors(self.hidden, own, found.path)

@@ -1,113 +1,91 @@
-"""The training loop: one life of a run, which resumes, steps, logs, scores, saves, and ends.
+"""The training loop: one attempt of a run, which resumes, steps, logs, evaluates, saves, and ends.
 
 What a run does next is a pure function of what a checkpoint holds: data, masks and learning rate are arithmetic on the
-step, and all else that a step changes is in `learner.py`.
+step, and all else that a step changes is in `step.py`. The price: the loop waits at every step for the slowest process.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import time
 from collections.abc import Generator
-from contextlib import ExitStack, closing
-from pathlib import Path
-from traceback import clear_frames
-from types import TracebackType
+from contextlib import closing
 
 import torch
 
-from rnnlm.checkpoint import checkpoint
-from rnnlm.checkpoint.saver import Saved, Saver
 from rnnlm.config import Config, as_list
-from rnnlm.data.substreams import Batch, Reading, SubstreamDataset, loader
-from rnnlm.errors import RunError, UserError
-from rnnlm.files import locked
+from rnnlm.data.substreams import Batch, ContinuityCheck, SubstreamDataset, loader
 from rnnlm.model.evaluate import exp
 from rnnlm.model.generate import continuations
-from rnnlm.train.distributed import Wishes, end, everyones, from_main, start_accelerator
-from rnnlm.train.evaluation import score
-from rnnlm.train.metrics import Metrics, Stopwatch, peak_memory_bytes
-from rnnlm.train.run import (
-    Claim,
-    check_alike,
-    claim,
-    fingerprint,
-    mark,
-    open_ring,
-    open_streams,
-    share,
-    state_of,
-    versions,
-)
+from rnnlm.train.distributed import Accelerator, AnyRank, all_gather_object, launched, on_this_rank, run_on_main
+from rnnlm.train.evaluation import evaluate_on_all_ranks
+from rnnlm.train.identity import versions
+from rnnlm.train.inputs import Streams, open_streams
+from rnnlm.train.metrics import Metrics, SilentMetrics, Stopwatch, peak_memory_bytes
+from rnnlm.train.run import Run, mark_preempted, open_run, record_of
+from rnnlm.train.saving import Saving
 from rnnlm.train.schedule import ValidationMemory, learning_rate
 from rnnlm.train.signals import Interrupts
-from rnnlm.train.step import Learner
-from rnnlm.train.watchdog import Watchdog, give_up
+from rnnlm.train.step import TrainStep
+from rnnlm.train.watchdog import Watchdog
 
 PREEMPTED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
-DISK_PATIENCE = 6  # times run.timeout_minutes, so an hour: a disk may be slow where a process may not
-LOCK_PATIENCE_SECONDS = 5.0  # a life that was killed a moment ago may not have ended yet
 
 
-class Trainer:
-    """One life of a run: from its newest checkpoint, or from the beginning, to its end.
+def train(config: Config, interrupts: Interrupts | None = None) -> int:
+    """Train to the end; the same call after any kind of death resumes where the newest checkpoint stands.
+
+    Returns:
+        The exit code: 0 at the end, 75 when a signal ended it before.
 
     Raises:
         UserError: a configuration, stream or run directory that cannot work, before anything is written.
+        RunError: a run that cannot continue, as one that another process holds.
     """
+    streams = open_streams(config)
+    with launched(config) as accelerator, open_run(config, accelerator, streams) as run:
+        return Trainer(config, accelerator, streams, run, interrupts or Interrupts()).fit()
 
-    def __init__(self, config: Config, interrupts: Interrupts | None = None):
-        self.config = config
-        self.interrupts = interrupts or Interrupts()  # it counts from when its context was entered
-        self.directory = Path(config.run.directory)
-        self.train_stream, self.valid_stream = open_streams(config)
-        manifest = self.train_stream.manifest
-        self.tokenizer = self.train_stream.tokenizer() if manifest.tokenizer else None  # None: no text, so no samples
-        self.ring = open_ring(config, self.train_stream)
-        self.accelerator = start_accelerator(config)
-        self.device = self.accelerator.device
-        self.processes, self.process = self.accelerator.num_processes, self.accelerator.process_index
-        self.first, self.last = self._share()
-        self.learner = Learner(config, manifest.vocab_size, self.accelerator, self.first, self.last)
-        self.reading = Reading(self.train_stream, self.ring, self.first, self.last)
-        self.memory = ValidationMemory()
-        self.step = 0  # updates done, and so the data position
-        self.horizon = config.optim.horizon_steps or self.total_steps
-        self.clock = Stopwatch()
-        self.save_error = ""  # of the last save that failed
-        self.saver = Saver(self.directory / "checkpoints", config.run.keep_last, config.run.keep_every_steps)
-        self.saved_step, self.saved_at = 0, time.monotonic()
-        self.wishes = Wishes(self.device)
+
+class Trainer:
+    """One attempt of a run: from its newest checkpoint, or from the beginning, to its end."""
+
+    def __init__(self, config: Config, accelerator: Accelerator, streams: Streams, run: Run, interrupts: Interrupts):
+        self.config, self.accelerator, self.streams, self.run = config, accelerator, streams, run
+        self.interrupts, self.ring = interrupts, run.ring
+
+        state = run.state  # of the checkpoint to resume from; None at the beginning
+        self.step = state.step if state else 0  # updates done, and so the data position
+        self.horizon = state.horizon_steps if state else config.optim.horizon_steps or self.total_steps
+        self.memory = state.memory if state else ValidationMemory()
+        self.train_step = TrainStep(config, streams.train.manifest.vocab_size, accelerator, run.first, run.last)
+        self.continuity = ContinuityCheck(streams.train, run.ring, run.first, run.last)
+        self._restore()
+
+        self.metrics = self._open_metrics()
         self.watchdog = Watchdog(60 * config.run.timeout_minutes)
-        self.disk_patience = DISK_PATIENCE * self.watchdog.timeout_seconds  # seconds; 0: for ever
-        self.preempted = self.wants_save = False
-        self.submitted_step = -1  # of the last checkpoint that a run goes on from
-        self.stack = ExitStack()  # what is held until the end: processes, and in the main one the lock
-        self.stack.push(self.leave)
-        self.metrics: Metrics | None = None  # in the main process alone
+        self.saving = Saving(run.directory, config.run, accelerator, self.metrics, self.watchdog, self.step)
+        self.any_rank, self.clock = AnyRank(accelerator.device), Stopwatch()
 
     def fit(self) -> int:
-        """Train to the end; the same call after any kind of death goes on where the newest checkpoint stands.
-
-        Returns:
-            The exit code: 0 at the end, 75 when a signal ended it before.
-        """
-        with self.stack, closing(self.watchdog):
-            self.resume()
-            self.open_metrics()
+        """Train to the end, or until a signal asks to stop; the exit code."""
+        preempted = False
+        with self.saving, closing(self.watchdog), closing(self._batches()) as batches:
             self.watchdog.start()
-            with closing(self.batches()) as batches:
-                for batch in batches:
-                    self.train_step(batch)
-                    best = self.validation_due() and self.validate()  # first: it may end the training
-                    if self.due(self.config.run.log_every_steps):
-                        self.log()
-                    self.heed()
-                    if best or self.wants_save or self.due(self.config.run.save_every_steps):
-                        self.save(best)
-            return self.close()
+            while not self.finished and not preempted:
+                self.take_step(next(batches))
+                best = self.validation_due and self.validate()  # first: it may end the training
+                if self.due(self.config.run.log_every_steps):
+                    self.log()
+
+                preempted, wanted = self.sync_flags()
+                resumable = wanted or self.due(self.config.run.save_every_steps)
+                if resumable or best:
+                    self.save(resumable, best, is_last=preempted or self.finished)
+
+            self.saving.finish()
+        return self._end(preempted)
 
     @property
     def total_steps(self) -> int:
@@ -120,44 +98,44 @@ class Trainer:
         """Whether all steps are done or early stopping has ended the run."""
         return self.step >= self.total_steps or self.memory.should_stop(self.config.optim)
 
+    @property
+    def validation_due(self) -> bool:
+        """Whether the model is evaluated now: every so many steps, or where an epoch ends; and at the end."""
+        every = self.config.eval.every_steps
+        return self.due(every) if every else self.ring.is_epoch_start(self.step) or self.finished
+
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens now."""
         return self.step % every == 0 or self.finished
 
-    def validation_due(self) -> bool:
-        """Whether the model is scored now: every so many steps, or where an epoch ends; and at the end."""
-        every = self.config.eval.every_steps
-        return self.due(every) if every else self.ring.is_epoch_start(self.step) or self.finished
-
-    def heed(self) -> None:
-        """Signals to any process, and the clock of the main one, are heeded by all at the same step."""
+    def sync_flags(self) -> tuple[bool, bool]:
+        """(whether to stop, whether to save), the same on all processes: a signal to any one, the clock of the main."""
         self.watchdog.beat()
-        minutes = self.config.run.save_every_minutes
-        late = bool(self.metrics and minutes and time.monotonic() - self.saved_at > 60 * minutes)
-        stop, save = self.wishes.agree(bool(self.interrupts.name), late)
-        self.preempted = stop and not self.finished
-        # on GPUs the answer is a step old: it may be the wish that has just been granted
-        self.wants_save = self.preempted or (save and self.step > self.submitted_step + 1)
+        stop, late = self.any_rank.any(bool(self.interrupts.name), self.saving.is_late())
+        preempted = stop and not self.finished
+        # on GPUs the answer is a step old: it may ask for the save that was just made
+        return preempted, preempted or (late and self.step > self.saving.submitted_step + 1)
 
-    def batches(self) -> Generator[Batch, None, None]:
-        """This process's batches from the present step on, each checked to go on where its rows ended."""
-        dataset = SubstreamDataset(self.train_stream, self.ring, self.first, self.last, self.step, self.total_steps)
-        source = iter(loader(dataset, self.config.train.prefetch_workers, self.device.type == "cuda"))
+    def _batches(self) -> Generator[Batch, None, None]:
+        """This process's batches from the present step on, each checked to continue where its rows ended."""
+        run, train = self.run, self.config.train
+        dataset = SubstreamDataset(self.streams.train, self.ring, run.first, run.last, self.step, self.total_steps)
+        source = iter(loader(dataset, train.prefetch_workers, self.accelerator.device.type == "cuda"))
         self.clock.reset(self.ring.targets_before(self.step))
         try:
-            while not self.finished and not self.preempted:
+            while True:
                 asked = time.perf_counter()
                 batch = next(source)
                 self.clock.waited += time.perf_counter() - asked
-                self.reading.check(batch, self.step)
+                self.continuity.check(batch, self.step)
                 yield batch
         finally:
             del source  # ends its threads, or the workers of a loader put in its place
 
-    def train_step(self, batch: Batch) -> None:
+    def take_step(self, batch: Batch) -> None:
         """One window of every substream of this process, and one update."""
         rate = learning_rate(self.config.optim, self.step, self.horizon, self.memory)
-        self.learner.learn(batch, self.ring.is_epoch_start(self.step), rate)
+        self.train_step.run(batch, self.ring.is_epoch_start(self.step), rate)
         self.step += 1
 
     def log(self) -> None:
@@ -166,226 +144,136 @@ class Trainer:
         Raises:
             RunError: too many steps in a row were skipped.
         """
-        report, tokens = self.learner.report(), self.ring.targets_before(self.step)
-        if self.metrics:
-            self.report_saves(self.saver.poll())
-            line = {
-                "step": self.step,
-                "tokens": tokens,
-                "epoch": self.ring.locate(self.step - 1)[0],
-                **report,
-                "ppl": None if report["loss"] is None else exp(report["loss"]),
-                "tokens_per_second": (tokens - self.clock.tokens) / self.clock.seconds,
-                "data_wait_share": self.clock.waited / self.clock.seconds,
-                "peak_memory_bytes": peak_memory_bytes(self.device),
-                "processes": self.processes,
-                "ran_in": self.learner.raw.ran_in,
-            }
-            self.metrics.write("train", line)
+        report, tokens = self.train_step.report(), self.ring.targets_before(self.step)
+        self.saving.report()
+        line = {
+            "step": self.step,
+            "tokens": tokens,
+            "epoch": self.ring.locate(self.step - 1)[0],
+            **report,
+            "ppl": None if report["loss"] is None else exp(report["loss"]),
+            "tokens_per_second": (tokens - self.clock.tokens) / self.clock.seconds,
+            "data_wait_share": self.clock.waited / self.clock.seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+            "processes": self.accelerator.num_processes,
+            "ran_in": self.train_step.raw.ran_in,
+        }
+        self.metrics.write("train", line)
         self.clock.reset(tokens)
 
     def validate(self) -> bool:
-        """Score the validation stream; whether it is the best so far."""
-        if self.valid_stream is None:
+        """Evaluate on the validation stream; whether it is the best so far."""
+        if self.streams.valid is None:
             return False
         with self.clock.pause():
-            evaluation = score(self.accelerator, self.learner.raw, self.valid_stream, self.config, self.watchdog.beat)
-            loss = from_main(self.accelerator, lambda: evaluation.loss)
+            model = self.train_step.raw
+            found = evaluate_on_all_ranks(self.accelerator, model, self.streams.valid, self.config, self.watchdog.beat)
+            loss = run_on_main(self.accelerator, lambda: found.loss)
             best = self.memory.update(loss, self.step, self.config.optim)
-            if self.metrics:
-                figures = {"step": self.step, "tokens": self.ring.targets_before(self.step), "best": best}
-                self.metrics.write("valid", {**figures, **evaluation.to_dict()})
-                self.metrics.draw(every_seconds=30)
-                self.sample()
+
+            figures = {"step": self.step, "tokens": self.ring.targets_before(self.step), "best": best}
+            self.metrics.write("valid", {**figures, **found.to_dict()})
+            self.metrics.draw(every_seconds=30)
+            if self.accelerator.is_main_process:
+                self._sample()
         return best
 
-    def sample(self) -> None:
+    def _sample(self) -> None:
         """Continue the configured prompts into samples.md."""
-        if self.tokenizer is None:
+        model, prompts = self.train_step.raw, as_list(self.config.generate.prompts)
+        if self.run.tokenizer is None or not prompts or not model.head.predicts_tokens:
             return
-        prompts = as_list(self.config.generate.prompts)
-        texts = continuations(self.learner.raw, self.tokenizer, prompts, self.config.generate)
-        if texts and self.metrics:
-            self.metrics.sample(self.step, "\n\n".join(f"```text\n{text}\n```" for text in texts.values()))
+        texts = continuations(model, self.run.tokenizer, prompts, self.config.generate)
+        self.metrics.sample(self.step, "\n\n".join(f"```text\n{text}\n```" for text in texts.values()))
 
-    def save(self, best: bool = False) -> None:
-        """Copy what a checkpoint holds, leave the writing to a thread; a failing disk costs no more than this one."""
+    def save(self, resumable: bool, best: bool, is_last: bool) -> None:
+        """Copy what a checkpoint holds, and leave the writing to a thread."""
         with self.clock.pause():
-            self.wait_for_disk()
-            parts, counts = self.learner.tensors(), self.learner.counts()
-            parts["hidden"]["ended"] = self.accelerator.gather(torch.from_numpy(self.reading.ended).to(self.device))
-            resumable = self.wants_save or self.due(self.config.run.save_every_steps)
-            if resumable:
-                self.submitted_step = self.step
-            if not self.metrics:
-                return
+            self.saving.wait_for_disk("" if is_last else "; save less often, or on a faster disk")
+            tensors, counts = self.train_step.tensors(), self.train_step.counts()
+            ended = torch.from_numpy(self.continuity.ended).to(self.accelerator.device)
+            tensors["hidden"]["ended"] = self.accelerator.gather(ended)
             state = {
                 "step": self.step,
                 "horizon_steps": self.horizon,
                 "memory": self.memory.to_dict(),
-                "processes": self.processes,
+                "processes": self.accelerator.num_processes,
                 **counts,
-                **state_of(self.config, self.train_stream, self.ring, self.device),
+                **record_of(self.config, self.streams.train, self.ring, self.accelerator.device),
             }
-            with self.metrics.forgiven("metrics.jsonl"):
-                self.metrics.sync()
-            if resumable:
-                self.saved_at = time.monotonic()
-            names = [f"{prefix}-{self.step:08d}" for prefix, due in (("step", resumable), ("best", best)) if due]
-            self.report_saves(self.saver.submit(names, parts, state))
+            self.saving.submit(self.step, tensors, state, resumable, best)
 
-    def wait_for_disk(self) -> None:
-        """Until the save before is written: all processes together, so that no watchdog takes the wait for a hang."""
-        begin, told = time.perf_counter(), False
-        while from_main(self.accelerator, lambda: self.saver.busy(patience_seconds=1.0)):
-            self.watchdog.beat()
-            if self.metrics and not told:
-                advice = "" if self.finished or self.preempted else "; save less often, or on a faster disk"
-                self.metrics.say(f"warning: waiting until the checkpoint before is written{advice}")
-                told = True
-            if self.metrics and self.disk_patience and time.perf_counter() - begin > self.disk_patience:
-                self.give_up_disk()
-
-    def end_saving(self, kind: object = None, error: BaseException | None = None, trace: object = None) -> None:
-        """In the main process, before another life may take the lock: nothing is written any more."""
-        if self.saver.busy(self.disk_patience or None):
-            self.give_up_disk(f"; it was about to end: {error}" if error else "")
-
-    def give_up_disk(self, also: str = "") -> None:
-        """Python itself would wait for a thread that hangs on the disk."""
-        give_up(
-            f"has waited {self.disk_patience:.0f} seconds for a checkpoint to be written ({DISK_PATIENCE} times "
-            f"run.timeout_minutes): the disk hangs, or is too slow{also}"
-        )
-
-    def report_saves(self, finished: list[Saved]) -> None:
-        """Tell what became of saves that ended; what failed is tried again at the next one's time."""
-        assert self.metrics
-        for saved in finished:
-            prefix, _, step = saved.name.partition("-")
-            if saved.path and prefix == "step":
-                self.saved_step = max(self.saved_step, int(step))
-            if saved.error and saved.path:
-                self.metrics.say(f"warning: {saved.name}: older checkpoints are still there ({saved.error})")
-            elif saved.error:
-                self.save_error = f"{saved.error}"
-                self.metrics.say(f"warning: step {int(step)}: no checkpoint ({saved.error}); training goes on")
-            grace = self.config.run.grace_seconds
-            if saved.path and saved.seconds > grace:
-                self.metrics.say(
-                    f"warning: {saved.name} took {saved.seconds:.0f} seconds to write, more than run.grace_seconds="
-                    f"{grace:g}: after a signal it may be too late; ask for a longer grace, or save more often"
-                )
-
-    def resume(self) -> None:
-        """Take over the run's directory, and its newest whole checkpoint if there is one."""
-        start = from_main(self.accelerator, self._claim)
-        self.ring = self.reading.ring = dataclasses.replace(self.ring, origin=start.origin)
-        if start.checkpoint is None:
+    def _restore(self) -> None:
+        """Take over what the checkpoint holds besides numbers; each process reads its own rows of hidden states."""
+        found, state = self.run.checkpoint, self.run.state
+        if found is None or state is None:
             return
-        try:
-            self._load(Path(start.checkpoint), "train.global_batch_size" in start.changed)
-        except UserError as error:  # a disk that this machine alone sees so
-            error.is_alone = True
-            raise
+        now = versions(self.accelerator.device)
+        if state.versions != now and self.accelerator.is_main_process:
+            print(f"warning: saved under {state.versions}, now {now}: bits may differ", file=sys.stderr)
 
-    def _load(self, path: Path, rows_changed: bool) -> None:
-        found = checkpoint.load(path, every_byte=False)  # the tensors are checked as they are read
-        state, now = found.state, versions(self.device)
-        if state["versions"] != now and self.accelerator.is_main_process:
-            print(f"warning: saved under {state['versions']}, now {now}: bits may differ", file=sys.stderr)
-        ended = self.learner.restore(found, same_rows=not rows_changed)
-        if ended is not None:
-            self.reading.go_on(ended.numpy(), state["step"], found.path)
-        self.step, self.horizon = state["step"], state["horizon_steps"]
-        self.saved_step = self.step
-        self.memory = ValidationMemory(**state["memory"])
+        with on_this_rank():
+            ended = self.train_step.restore(found, state, self.run.same_rows)
+            if ended is not None:
+                self.continuity.resume_at(ended.numpy(), state.step, found.path)
 
-    def _claim(self) -> Claim:
-        """In the main process: hold the directory, then look at it."""
-        note = self.directory / "holder"
-        self.stack.enter_context(locked(self.directory, note, "run", patience_seconds=LOCK_PATIENCE_SECONDS))
-        self.stack.push(self.end_saving)
-        return claim(self.config, self.train_stream, self.tokenizer)
-
-    def open_metrics(self) -> None:
-        """Tell what starts here, and with which processes."""
-        ranks = everyones({"process": self.process, "pid": os.getpid(), "substreams": [self.first, self.last]})
+    def _open_metrics(self) -> SilentMetrics:
+        """Report what starts here, and with which processes."""
+        rows = {"process": self.accelerator.process_index, "pid": os.getpid()}
+        ranks = all_gather_object({**rows, "substreams": [self.run.first, self.run.last]})
         if not self.accelerator.is_main_process:
-            return
-        self.metrics = Metrics(self.directory, self.config.run, self.step, self.total_steps)
+            return SilentMetrics()
+        metrics = Metrics(self.run.directory, self.config.run, self.step, self.total_steps)
         if self.finished:
-            return
-        counts = self.learner.raw.parameter_counts()
-        self.metrics.say(
-            f"{self.directory}: {self.train_stream.tokens:,} tokens, {self.ring.windows_per_epoch:,} steps an epoch; "
-            f"{self.processes} process(es) on {self.device.type}, {self.config.train.precision}; parameters: "
+            return metrics
+
+        processes, device = self.accelerator.num_processes, self.accelerator.device
+        counts = self.train_step.raw.parameter_counts()
+        metrics.print_line(
+            f"{self.run.directory}: {self.streams.train.tokens:,} tokens, {self.ring.windows_per_epoch:,} steps an "
+            f"epoch; {processes} process(es) on {device.type}, {self.config.train.precision}; parameters: "
             + ", ".join(f"{part} {count:,}" for part, count in counts.items())
         )
         if self.step:
-            self.metrics.say(f"going on from step {self.step} of {self.total_steps}")
-        record = {"step": self.step, "total_steps": self.total_steps, "processes": self.processes, "ranks": ranks}
-        figures = {"device": self.device.type, "threads": torch.get_num_threads(), "parameters": counts}
-        self.metrics.write("start", {**record, **figures, "versions": versions(self.device)})
+            metrics.print_line(f"resuming from step {self.step} of {self.total_steps}")
 
-    def close(self) -> int:
-        """Finish the reports, and say where everything is; the exit code.
+        record = {"step": self.step, "total_steps": self.total_steps, "processes": processes, "ranks": ranks}
+        figures = {"device": device.type, "threads": torch.get_num_threads(), "parameters": counts}
+        metrics.write("start", {**record, **figures, "versions": versions(device)})
+        return metrics
+
+    def _end(self, preempted: bool) -> int:
+        """Finish the reports, and print where everything is; the exit code.
 
         Raises:
             RunError: the last checkpoint could not be written.
         """
-        self.wait_for_disk()
-        self.watchdog.close()
-        if self.metrics:
-            self.report_saves(self.saver.wait())
-            self.metrics.close()
-            if self.preempted:
-                self.say_preempted()
-            else:
-                self.say_finished()
-        if self.metrics and self.saved_step < self.step and not self.preempted:
-            raise RunError(
-                f"{self.directory}: the last checkpoint is of step {self.saved_step}, not {self.step} "
-                f"({self.save_error}); mend that, as by making room on the disk, and type the same command again"
-            )
-        return PREEMPTED if self.preempted else 0
+        self.metrics.close()
+        if self.accelerator.is_main_process:
+            self._print_preempted() if preempted else self._print_finished()
+        if not preempted:
+            self.saving.check(self.step)
+        return PREEMPTED if preempted else 0
 
-    def leave(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Leave the other processes in order, if all end alike; elsewhere a launcher ends those that wait."""
-        if error is None or isinstance(error, RunError):
-            del self.learner  # and with it, and with what the error still holds of it, what holds the process group
-            clear_frames(trace)
-            end(self.accelerator)
-
-    def say_preempted(self) -> None:
-        """Leave the marker by which scripts know that the run is to be started again."""
-        name = self.interrupts.name or "a signal to another process"
-        mark(self.directory, name, self.step, self.saved_step)
+    def _print_preempted(self) -> None:
+        """And leave the marker."""
+        name, saved = self.interrupts.name or "a signal to another process", self.saving.saved_step
+        mark_preempted(self.run.directory, name, self.step, saved)
         print(
-            f"{self.directory}: {name} at step {self.step} of {self.total_steps}, saved at step {self.saved_step}; "
-            "type the same command again to go on",
+            f"{self.run.directory}: {name} at step {self.step} of {self.total_steps}, saved at step {saved}; "
+            "type the same command again to resume",
             flush=True,
         )
 
-    def say_finished(self) -> None:
+    def _print_finished(self) -> None:
         """One paragraph for the person at the console."""
         best = self.memory.best_loss
         valid = "" if best is None else f", best validation loss {best:.4f} at step {self.memory.best_step}"
-        samples = ", samples.md" if self.tokenizer else ""
+        samples = ", samples.md" if self.run.tokenizer else ""
         early = self.step < self.total_steps
         longer = "optim.early_stop_patience" if early else "train.epochs or train.max_steps"
         print(
-            f"{self.directory}: {'stopped early' if early else 'finished'} at step {self.step} of {self.total_steps}"
-            f"{valid}\n  curves.png, metrics.jsonl{samples} and checkpoints/ are there; "
+            f"{self.run.directory}: {'stopped early' if early else 'finished'} at step {self.step} of "
+            f"{self.total_steps}{valid}\n  curves.png, metrics.jsonl{samples} and checkpoints/ are there; "
             f"to train longer, raise {longer}"
         )
-
-    def _share(self) -> tuple[int, int]:
-        """This process's substreams, once all processes are known to be alike."""
-        prints = everyones(fingerprint(self.config, self.train_stream, self.valid_stream))
-        try:
-            check_alike(prints)
-            return share(self.config, self.process, self.processes)
-        except UserError:  # everyone's
-            end(self.accelerator)
-            raise

@@ -89,7 +89,7 @@ def test_no_tensor_of_a_training_step_reaches_tokens_times_vocabulary(tied: bool
     with Largest() as seen:
         loss, _, _ = model(tokens, model.zero_hidden(rows), tokens, torch.tensor(0), ids)
         loss.backward()
-    assert 0 < seen.elements <= model.chunk * vocabulary < rows * window * vocabulary
+    assert 0 < seen.elements <= model.head.chunk * vocabulary < rows * window * vocabulary
     with Largest() as control:  # the same measure does see logits that are made whole
         F.cross_entropy(torch.zeros(rows * window, vocabulary), tokens.flatten())
     assert control.elements >= rows * window * vocabulary

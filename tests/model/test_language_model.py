@@ -66,7 +66,8 @@ def test_loss_is_that_of_plain_pytorch(tied: bool, width: int) -> None:
         for part, weight in layer.named_parameters():
             getattr(plain, f"{part}_l{index}").data.copy_(weight)
     out, (h, c) = plain(model.embedding(tokens[:, :-1].t()))
-    logits = model.projection(out) @ model.head.weight.T + model.head.bias
+    projected = out if model.head.projection is None else out @ model.head.projection.T
+    logits = projected @ model.head.weight.T + model.head.bias
     expected = F.cross_entropy(logits.flatten(0, 1), targets.t().flatten(), ignore_index=-1, reduction="sum")
     loss, count, hidden = model(tokens[:, :-1], model.zero_hidden(3), targets, torch.tensor(0), torch.arange(3))
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
@@ -82,7 +83,7 @@ def test_parameter_counts_by_part() -> None:
     counts = model_of(tied=True).parameter_counts()
     lstm = 4 * 8 * (6 + 8 + 2), 4 * 8 * (8 + 8 + 2)
     assert counts == {
-        "embedding": V * 6, "layers0": lstm[0], "layers1": lstm[1], "projection": 48, "head": V,
+        "embedding": V * 6, "layers0": lstm[0], "layers1": lstm[1], "head": 48 + V,
         "total": V * 6 + sum(lstm) + 48 + V,
     }  # fmt: skip
     assert counts["total"] == sum(p.numel() for p in model_of(tied=True).parameters())

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 
 import pytest
 import torch
 
 from rnnlm.config import ModelConfig
 from rnnlm.model.dropout import dropout, hashed_bits, mix
-from rnnlm.model.layers import STATES, RecurrentLayer
+from rnnlm.model.layers import STATES, Context, RecurrentLayer, named_generator
 
 CELLS = ("lstm", "gru", "rnn")
 
 
 def layer_of(cell: str, config: ModelConfig | None = None) -> RecurrentLayer:
     layer = RecurrentLayer(cell, 5, 7)
-    layer.initialise(config or ModelConfig(init="uniform", init_range=0.5), 3, "layer")
+    layer.initialise(config or ModelConfig(init="uniform", init_range=0.5), partial(named_generator, 3))
     for bias in (layer.bias_ih, layer.bias_hh):
         torch.nn.init.uniform_(bias, -1, 1, generator=torch.Generator().manual_seed(0))
     return layer.double()
@@ -49,7 +50,7 @@ def test_equations_values_and_gradients(cell: str) -> None:
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(9, 4, 5, generator=draw, dtype=torch.float64, requires_grad=True)
     states = [torch.randn(4, 7, generator=draw, dtype=torch.float64) for _ in STATES[cell]]
-    found, expected = layer(x, states), reference(layer, x, states)
+    found, expected = layer(x, states, Context()), reference(layer, x, states)
     for mine, theirs in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
     inputs = [x, *layer.parameters()]
@@ -66,7 +67,7 @@ def test_autocast_really_runs_in_bf16_and_hands_on_fp32_states_that_lose_nothing
     layer = layer_of(cell).float()
     x, states = torch.randn(6, 3, 5), [torch.zeros(3, 7) for _ in STATES[cell]]
     with torch.autocast("cpu", torch.bfloat16):
-        out, after = layer(x, states)
+        out, after = layer(x, states, Context())
     assert out.dtype == torch.bfloat16
     assert all(state.dtype == torch.float32 for state in after)
     assert torch.equal(after[0], out[-1].float())
@@ -78,7 +79,7 @@ def test_autocast_really_runs_in_bf16_and_hands_on_fp32_states_that_lose_nothing
 
 def test_initialisation_by_name() -> None:
     layer = RecurrentLayer("lstm", 5, 7)
-    layer.initialise(ModelConfig(init="orthogonal", forget_bias=1.5), 3, "layer")
+    layer.initialise(ModelConfig(init="orthogonal", forget_bias=1.5), partial(named_generator, 3))
     for gate in layer.weight_hh.detach().split(7):
         torch.testing.assert_close(gate @ gate.T, torch.eye(7), rtol=0, atol=1e-5)
     assert layer.bias_ih.tolist() == [0.0] * 7 + [1.5] * 7 + [0.0] * 14
@@ -86,7 +87,7 @@ def test_initialisation_by_name() -> None:
     limit = (6 / (5 + 7)) ** 0.5  # Glorot & Bengio 2010, equation 16
     assert 0.8 * limit < layer.weight_ih.abs().max().item() <= limit
     other = RecurrentLayer("lstm", 9, 7)
-    other.initialise(ModelConfig(init="orthogonal"), 3, "layer")
+    other.initialise(ModelConfig(init="orthogonal"), partial(named_generator, 3))
     assert torch.equal(layer.weight_hh, other.weight_hh), "another part's size changes nothing"
 
 

@@ -1,0 +1,77 @@
+"""What makes two attempts one run, and two processes one attempt: configuration, data, code, versions.
+
+A run is its model, optimizer, batch and windows; these may not differ from what is recorded. Code, PyTorch, device and
+threads may: their digests and versions are recorded, since the last bits depend on them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rnnlm
+from rnnlm.config import TRAINING_SECTIONS, Config, field_kinds
+from rnnlm.errors import UserError
+from rnnlm.hashing import json_digest
+from rnnlm.train.inputs import Streams
+
+
+def identity(config: Config) -> dict[str, dict[str, Any]]:
+    """The fields that must stay the same over all attempts of a run; the stream's digest stands for the stream's."""
+    kinds, values = field_kinds(), asdict(config)
+    return {
+        section: {name: value for name, value in values[section].items() if not kinds[f"{section}.{name}"]}
+        for section in ("model", "optim", "train")
+    }
+
+
+def differing(config: Config, recorded: dict[str, dict[str, Any]]) -> list[str]:
+    """Fields of a run's identity that differ from its record, as `section.key is 1 there, 2 now`."""
+    return [
+        f"{section}.{name} is {recorded[section][name]} there, {value} now"
+        for section, fields in identity(config).items()
+        for name, value in fields.items()
+        if recorded.get(section, {}).get(name, value) != value
+    ]
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What the bits of a result may depend on besides the configuration."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
+    return {"rnnlm": rnnlm.__version__, "torch": torch.__version__, "machine": platform.machine(), "device": name}
+
+
+def fingerprint(config: Config, streams: Streams) -> dict[str, str]:
+    """Digests of what must be the same in all processes of a run."""
+    package, sha256 = Path(rnnlm.__file__).parent, hashlib.sha256()
+    for source in sorted(package.rglob("*.py")):  # folders too
+        sha256.update(f"{source.relative_to(package)}\n".encode() + source.read_bytes())
+
+    sections = {name: part for name, part in asdict(config).items() if name in TRAINING_SECTIONS}
+    return {
+        "configuration": json_digest(sections),
+        "train stream": streams.train.manifest.digest,
+        "valid stream": streams.valid.manifest.digest if streams.valid else "none",
+        "code": sha256.hexdigest(),
+        "torch": torch.__version__,
+    }
+
+
+def check_alike(prints: list[dict[str, str]]) -> None:
+    """Compare the fingerprints of all processes.
+
+    Raises:
+        UserError: naming the first process that differs, and in what.
+    """
+    for index, each in enumerate(prints):
+        if different := [key for key, value in each.items() if prints[0][key] != value]:
+            name = different[0]
+            raise UserError(
+                f"process {index} has another {' and another '.join(different)} than process 0 "
+                f"({each[name][:12]} and {prints[0][name][:12]}); start all with the same code, options and files"
+            )
