@@ -6,7 +6,7 @@ python launch/generate.py --run.directory=runs/imdb --generate.samples=3 --gener
 
 import sys
 
-from rnnlm.cli import read_config, run_door
+from rnnlm.cli import read_config, run_entry_point
 from rnnlm.config import as_list
 from rnnlm.errors import UserError
 
@@ -41,4 +41,4 @@ def _ask() -> list[str]:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_entry_point(main)

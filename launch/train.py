@@ -8,7 +8,7 @@ Exit codes: 0 done, 75 stopped by SIGTERM, SIGINT or SIGUSR1 (saved, and preempt
 mistake in what was asked. A launcher makes 1 of 75; the marker tells.
 """
 
-from rnnlm.cli import read_config, run_door
+from rnnlm.cli import read_config, run_entry_point
 from rnnlm.config import TRAINING_SECTIONS
 from rnnlm.train.signals import Interrupts
 
@@ -23,4 +23,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_entry_point(main)

@@ -139,7 +139,7 @@ def _parse(sections: Sequence[str], doc: str | None, arguments: list[str]) -> Co
     return Config(**{section: parsed[section] for section in sections})
 
 
-def run_door(main: Callable[[], int | None]) -> None:
+def run_entry_point(main: Callable[[], int | None]) -> None:
     """Run a door's main; its result is the exit code.
 
     A mistake of the user, a path or a disk is one line and code 2, a run that cannot go on one line and code 1, Ctrl-C
