@@ -23,7 +23,7 @@ import torch
 import rnnlm
 from rnnlm.checkpoint import checkpoint
 from rnnlm.cli import dump_yaml, load_yaml
-from rnnlm.config import TRAINING_SECTIONS, Config, as_list, field_kinds, nearest
+from rnnlm.config import TRAINING_SECTIONS, Config, as_list, knobs, nearest
 from rnnlm.data.ring import Origin, Ring
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.tokenizer import Tokenizer
@@ -35,9 +35,10 @@ from rnnlm.train.state import check_state
 
 def identity(config: Config) -> dict[str, dict[str, Any]]:
     """The fields that must stay the same over all lives of a run; the stream's digest stands for the stream's."""
-    kinds, values = field_kinds(), dataclasses.asdict(config)
+    fixed = {key for key, knob in knobs().items() if not knob.changeable}
+    values = dataclasses.asdict(config)
     return {
-        section: {name: value for name, value in values[section].items() if not kinds[f"{section}.{name}"]}
+        section: {name: value for name, value in values[section].items() if f"{section}.{name}" in fixed}
         for section in ("model", "optim", "train")
     }
 

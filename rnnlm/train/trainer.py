@@ -142,7 +142,7 @@ class Trainer:
     def batches(self) -> Generator[Batch, None, None]:
         """This process's batches from the present step on, each checked to go on where its rows ended."""
         dataset = SubstreamDataset(self.train_stream, self.ring, self.first, self.last, self.step, self.total_steps)
-        source = iter(loader(dataset, self.config.train.prefetch_workers, self.device.type == "cuda"))
+        source = iter(loader(dataset, self.config.train.prefetch_threads, self.device.type == "cuda"))
         self.clock.reset(self.ring.targets_before(self.step))
         try:
             while not self.finished and not self.preempted:

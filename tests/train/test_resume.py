@@ -75,7 +75,7 @@ def test_fault_01_killed_at_any_place_it_goes_on_bit_for_bit(
     assert 10 < windows < 20, "an epoch ends between the last checkpoint but one and the end"
     options = [
         f"--config={experiment}", "--train.global_batch_size=24", "--train.seq_len=32", f"--model.cell={cell}",
-        f"--train.prefetch_workers={prefetch}", f"--train.accumulation={accumulation}", "--eval.every_steps=4",
+        f"--train.prefetch_threads={prefetch}", f"--train.accumulation={accumulation}", "--eval.every_steps=4",
         f"--train.precision={precision}", f"--optim.schedule={schedule}", "--optim.learning_rate=0.1",
     ]  # fmt: skip
     launched = 0 if processes == 1 else int(processes)

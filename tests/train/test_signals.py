@@ -28,7 +28,7 @@ class Run:
         arguments = [
             "slow", str(slow_ms), f"--config={experiment}", "--train.max_steps=2000", "--train.epochs=999",
             "--run.log_every_steps=1", "--run.save_every_steps=2000", "--eval.every_steps=2000",
-            f"--train.prefetch_workers={workers}",
+            f"--train.prefetch_threads={workers}",
         ]  # fmt: skip
         line = command(FAULTY, *arguments, processes=int(processes or 0))
         if name == "torchrun":

@@ -115,7 +115,7 @@ def test_accumulation_over_substreams_is_the_same_training(
     uninterrupted: Uninterrupted, run_script: RunScript, experiment: Path, tmp_path: Path
 ) -> None:
     one = uninterrupted(1)
-    options = ("--train.accumulation=4", "--train.prefetch_workers=0")
+    options = ("--train.accumulation=4", "--train.prefetch_threads=0")
     # what Accelerate would make of its own variable is a second division of the gradient
     done = run_script(TRAIN, f"--config={experiment}", *options, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
     assert done.returncode == 0, done.stderr
