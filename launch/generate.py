@@ -5,8 +5,9 @@ python launch/generate.py --run.directory=runs/imdb --generate.samples=3 --gener
 """
 
 import sys
+from collections.abc import Iterator
 
-from rnnlm.cli import read_config, run_door
+from rnnlm.cli import read_config, run_entry_point
 from rnnlm.config import as_list
 from rnnlm.errors import UserError
 
@@ -14,7 +15,9 @@ from rnnlm.errors import UserError
 def main() -> None:
     """Read the run's configuration, then generate."""
     config = read_config(("model", "train", "generate", "run"), __doc__, of_run=True)
-    asked = any(argument.startswith("--generate.prompts") for argument in sys.argv[1:])  # the run's own are not
+    # The run's own prompts are for its samples.md: what was not asked for here is asked for now.
+    given = any(argument.startswith("--generate.prompts") for argument in sys.argv[1:])
+
     import torch  # after --help: it takes a second to import
 
     from rnnlm.model.generate import write_continuations
@@ -27,18 +30,20 @@ def main() -> None:
             f"{found.path}: trained on a stream without a tokenizer, so there is no text; adopt the stream with "
             "tools/adopt_stream.py --tokenizer=my.model, and train on that"
         )
+
     print(f"{found.path}, step {found.state['step']}", file=sys.stderr)
-    for prompts in [as_list(config.generate.prompts) or [""]] if asked else iter(_ask, []):
+    for prompts in [as_list(config.generate.prompts) or [""]] if given else _typed_prompts():
         write_continuations(model, tokenizer, prompts, config.generate, sys.stdout)
 
 
-def _ask() -> list[str]:
+def _typed_prompts() -> Iterator[list[str]]:
+    """What the user types, line by line, until an empty line or the end of the input."""
     try:
-        line = input("prompt (empty to end)> ")
+        while line := input("prompt (empty to end)> "):
+            yield [line]
     except EOFError:
-        line = ""
-    return [line] if line else []
+        return
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_entry_point(main)

@@ -1,14 +1,16 @@
-"""Train a model, or go on with a run: the same command does both.
+"""Train a model, or resume a run: the same command does both.
 
-accelerate launch --config_file launch/cpu.yaml launch/train.py --config configs/imdb.yaml
-accelerate launch --config_file launch/one_node.yaml launch/train.py --config configs/imdb.yaml
-python launch/train.py --config configs/imdb.yaml --train.max_steps=100 --run.directory=runs/try
+    python launch/train.py --config configs/imdb.yaml
+    python launch/train.py --config configs/imdb.yaml --train.max_steps=100 --run.directory=runs/try
+    accelerate launch --config_file launch/cpu.yaml --num_processes 2 launch/train.py --config configs/imdb.yaml
+    accelerate launch --config_file launch/one_node.yaml launch/train.py --config configs/imdb.yaml
 
-Exit codes: 0 done, 75 stopped by SIGTERM, SIGINT or SIGUSR1 (saved, and preempted.json lies in the run), 1 a fault, 2 a
-mistake in what was asked. A launcher makes 1 of 75; the marker tells.
+Exit codes: 0 done; 75 stopped by SIGTERM, SIGINT or SIGUSR1, with a checkpoint saved and preempted.json left in the
+run; 1 a fault; 2 a mistake in what was asked. Where this script exits with 75, accelerate launch exits with 1, so
+scripts look for preempted.json.
 """
 
-from rnnlm.cli import read_config, run_door
+from rnnlm.cli import read_config, run_entry_point
 from rnnlm.config import TRAINING_SECTIONS
 from rnnlm.train.signals import Interrupts
 
@@ -23,4 +25,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_entry_point(main)

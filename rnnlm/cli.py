@@ -1,10 +1,14 @@
-"""The command line of an entry point: files of --config, then options, checked together before anything is done."""
+"""The command line of an entry point: files of --config, then options, checked together before anything is done.
+
+jsonargparse reads types and texts from the dataclasses of config.py, but stops at the first unknown key. So keys are
+compared with the knobs before it runs, and values checked after it; everything wrong is reported at once. The price: a
+value of the wrong type, which jsonargparse finds in between, is reported alone.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import errno
 import json
 import os
@@ -15,12 +19,17 @@ from typing import Any
 
 import yaml
 
-from rnnlm.config import Config, field_kinds
+from rnnlm.config import Config, closest, knobs
 from rnnlm.errors import UserError
 
+Sections = dict[str, dict[str, Any]]  # section -> key -> value, as in a file
 
-def load_yaml(path: str | Path) -> dict[str, dict[str, Any]]:
-    """The sections of a configuration file.
+# Knobs that had another name in files of earlier versions, a finished run's config.yaml among them.
+RENAMED = {("train", "prefetch_workers"): "prefetch_threads"}
+
+
+def load_yaml(path: str | Path) -> Sections:
+    """The sections of a configuration file, with today's names.
 
     Raises:
         UserError: no such file, not YAML, or not `section: {key: value}`.
@@ -31,12 +40,18 @@ def load_yaml(path: str | Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"--config={path}: {error.strerror}; give the path of a YAML file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--config={path}: not valid YAML: {error}") from error
+
     try:
         loaded = yaml.safe_load(text) or {}
     except Exception as error:  # PyYAML lets through whatever the making of a value raises
         raise UserError(f"--config={path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, dict) or not all(isinstance(part, dict) for part in loaded.values()):
+
+    if not isinstance(loaded, dict) or not all(isinstance(keys, dict) for keys in loaded.values()):
         raise UserError(f"--config={path}: expected sections with keys under them, as in configs/imdb.yaml")
+    for (section, old), new in RENAMED.items():
+        keys = loaded.get(section, {})
+        if old in keys and new not in keys:  # with both, the old one is an unknown key
+            keys[new] = keys.pop(old)
     return loaded
 
 
@@ -46,15 +61,34 @@ def dump_yaml(config: Config, sections: Sequence[str]) -> str:
     return yaml.safe_dump({name: values[name] for name in sections}, sort_keys=False, allow_unicode=True)
 
 
-def unknown_keys(keys: Iterable[str], where: str) -> list[str]:
-    """A fault for each key that no section has, with the nearest one that exists."""
-    known = list(field_kinds())
-    found = []
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            found.append(f"{key}: no such key in {where}; did you mean {near}?")
-    return found
+def read_config(
+    sections: Sequence[str], doc: str | None, argv: Sequence[str] | None = None, of_run: bool = False
+) -> Config:
+    """The configuration of an entry point: defaults, then the files of --config, then the other options.
+
+    Args:
+        sections: those that it reads and shows under --help; others are checked and left at their defaults.
+        doc: its docstring, shown under --help.
+        argv: the arguments; None: those of the process.
+        of_run: start from the configuration recorded in run.directory, which must be an option.
+
+    Raises:
+        UserError: naming every unknown key and every bad value at once.
+    """
+    files, options = _split_command_line(sys.argv[1:] if argv is None else argv)
+    if of_run and not {"-h", "--help"} & set(options):
+        files.insert(0, _recorded_config(options))  # so that the files of --config, and options, come after it
+    loaded = {path: load_yaml(path) for path in files}
+
+    faults = [fault for path, content in loaded.items() for fault in _unknown_keys(_keys_of_file(content), path)]
+    faults += _unknown_keys(_keys_of_options(options), "the command line")
+    if faults:
+        raise UserError("; ".join(faults))
+
+    config = _parse(sections, doc, loaded.values(), options)
+    if faults := config.faults():
+        raise UserError("; ".join(faults))
+    return config
 
 
 def _split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -71,97 +105,96 @@ def _split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, rest
 
 
-def _recorded(arguments: Sequence[str]) -> str:
+def _recorded_config(options: Sequence[str]) -> str:
     """The path of the configuration of the run that `--run.directory` names."""
-    option = "--run.directory"
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if argument == option or argument.startswith(f"{option}="):
-            directory = following if argument == option else argument.removeprefix(f"{option}=")
-            if not (Path(directory) / "config.yaml").is_file():
+    name = "--run.directory"
+    for option, following in zip(options, [*options[1:], ""], strict=True):
+        if option == name or option.startswith(f"{name}="):
+            directory = following if option == name else option.removeprefix(f"{name}=")
+            path = Path(directory) / "config.yaml"
+            if not path.is_file():
                 raise UserError(f"run.directory={directory}: no run there; train one with launch/train.py")
-            return str(Path(directory) / "config.yaml")
+            return str(path)
     raise UserError("run.directory is not set; name a run, as in --run.directory=runs/imdb")
 
 
-def read_config(
-    sections: Sequence[str], doc: str | None, argv: Sequence[str] | None = None, of_run: bool = False
-) -> Config:
-    """The configuration of a door: defaults, then the files of --config, then the other options.
-
-    Args:
-        sections: the sections that this door reads and shows under --help; others are checked and left at default.
-        doc: the door's docstring, shown under --help.
-        argv: the arguments; None: those of the process.
-        of_run: start from the configuration recorded in run.directory, which must be an option.
-
-    Raises:
-        UserError: naming every unknown key and every bad value at once.
-    """
-    files, rest = _split_command_line(sys.argv[1:] if argv is None else argv)
-    if of_run and not {"-h", "--help"} & set(rest):
-        files.insert(0, _recorded(rest))
-    loaded = {path: load_yaml(path) for path in files}
-    faults = []
-    for path, content in loaded.items():
-        empty = [f"{section}." for section, part in content.items() if not part and not hasattr(Config(), section)]
-        keys = [f"{section}.{key}" for section, part in content.items() for key in part]
-        faults += unknown_keys(empty + keys, path)
-    names = [argument[2:].split("=")[0].rstrip("+") for argument in rest if argument.startswith("--")]
-    faults += unknown_keys((name for name in names if name not in ("help", "print_config")), "the command line")
-    if faults:
-        raise UserError("; ".join(faults))
-
-    texts = [
-        f"--config={json.dumps({name: content[name] for name in content if name in sections})}"
-        for content in loaded.values()
-    ]
-    config = _parse(sections, doc, texts + rest)
-    if faults := config.faults():
-        raise UserError("; ".join(faults))
-    return config
+def _keys_of_file(content: Sections) -> list[str]:
+    """The `section.key` of a file; of a section that is unknown and empty, `section.`."""
+    empty = [f"{section}." for section, keys in content.items() if not keys and not hasattr(Config(), section)]
+    return empty + [f"{section}.{key}" for section, keys in content.items() for key in keys]
 
 
-def _parse(sections: Sequence[str], doc: str | None, arguments: list[str]) -> Config:
+def _keys_of_options(options: Sequence[str]) -> list[str]:
+    """The `section.key` of options, also of those that append to a list, as in `--corpus.train+=b.txt`."""
+    names = [option[2:].split("=")[0].rstrip("+") for option in options if option.startswith("--")]
+    return [name for name in names if name not in ("help", "print_config")]
+
+
+def _unknown_keys(keys: Iterable[str], where: str) -> list[str]:
+    """A fault for each key that no section has, with the nearest one that exists."""
+    known = list(knobs())
+    return [f"{key}: no such key in {where}; did you mean {closest(key, known)}?" for key in keys if key not in known]
+
+
+def _parse(sections: Sequence[str], doc: str | None, contents: Iterable[Sections], options: Sequence[str]) -> Config:
+    """The values of files and options, of the right types; --help prints and exits."""
     import jsonargparse  # not at the top: readers of a stream need no command line
 
     class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Keeps the lines of the doors' docstrings."""
+        """Keeps the lines of the scripts' docstrings, and leaves out --section=FILE, which is no key here."""
+
+        def add_argument(self, action: argparse.Action) -> None:
+            if action.dest not in sections:
+                super().add_argument(action)
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(description=doc, exit_on_error=False, formatter_class=Formatter)
+    parser = jsonargparse.ArgumentParser(
+        usage="%(prog)s [--config FILE] ... [--section.key=value] ...",
+        description=doc,
+        exit_on_error=False,
+        formatter_class=Formatter,
+    )
     parser.add_argument("--config", action="config", help="YAML file of an experiment; may be given several times.")
     for section in sections:
         parser.add_class_arguments(type(getattr(Config(), section)), section)
+
+    # Files were read and checked already; jsonargparse gets what is in them for the sections that are wanted.
+    wanted = [{name: keys for name, keys in content.items() if name in sections} for content in contents]
+    files = [f"--config={json.dumps(each, default=str)}" for each in wanted]  # a date of YAML is a text
     try:
-        parsed = parser.instantiate(parser.parse_args(arguments))
+        parsed = parser.instantiate(parser.parse_args([*files, *options]))
     except jsonargparse.ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from error
     return Config(**{section: parsed[section] for section in sections})
 
 
-def run_door(main: Callable[[], int | None]) -> None:
-    """Run a door's main; its result is the exit code.
+def run_entry_point(main: Callable[[], int | None]) -> None:
+    """Run the main function of a script; its result is the exit code.
 
-    A mistake of the user, a path or a disk is one line and code 2, a run that cannot go on one line and code 1, Ctrl-C
-    one line and 130.
+    A mistake of the user, a path or a disk is one line and code 2, a run that cannot continue one line and code 1,
+    Ctrl-C one line and 130.
     """
     # Before torch loads OpenMP: threads that spin while they wait all but stop a run whose cores are not all its own,
     # threads that never spin wait for the scheduler at every step; a few hundred rounds cost neither.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "300")
+    first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes on this machine: one line is enough
+
     try:
         code = main()
     except (UserError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if isinstance(error, OSError) and not error.filename and not full:
             raise  # not a path that the user gave: a fault of ours, with its traceback
-        if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "is_alone", False):  # one line per machine
+
+        if first_here or getattr(error, "is_alone", False):
             way_out = "; make room on the disk and type the same command again" if full else ""
             print(f"error: {error}{way_out}", file=sys.stderr)
         code = 1 if full else getattr(error, "code", 2)
     except KeyboardInterrupt:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("\ninterrupted; type the same command again to go on", file=sys.stderr)
+        if first_here:
+            print("\ninterrupted; type the same command again to resume", file=sys.stderr)
         code = 130
+
     sys.stdout.flush()
     sys.exit(code)

@@ -1,10 +1,14 @@
-"""What goes wrong because of the user, the machine or the files, told in one line."""
+"""What goes wrong because of the user, the machine or the files, reported in one line.
+
+Everything else is a fault of the program and keeps its traceback. The price: whoever raises one of these must put into
+the line all that the user needs: what was found, what was expected, what to do.
+"""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave; doors print its one line and exit with code 2."""
+    """A mistake in what the user gave; the script prints its line and exits with code 2."""
 
     code = 2
     is_alone = False  # whether one process may have it without the others, so that each must print it
@@ -12,7 +16,7 @@ class UserError(ValueError):
 
 
 class RunError(UserError):
-    """A run that cannot go on although what was asked of it was right; doors print one line and exit with code 1."""
+    """A run that cannot continue although what was asked of it was right; the script exits with code 1."""
 
     code = 1
     on_all_ranks = True

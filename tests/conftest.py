@@ -121,7 +121,7 @@ def write_stream(directory: Path, tokenizer: Tokenizer, tokens: list[int], shard
     commit(partial, directory, manifest)
 
 
-Door = Callable[..., "subprocess.CompletedProcess[str]"]
+RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -142,7 +142,7 @@ def command(script: str | Path, *arguments: str | Path, processes: int = 0) -> l
 
 
 @pytest.fixture
-def run_door(tmp_path: Path) -> Door:
+def run_script(tmp_path: Path) -> RunScript:
     """Run a door to its end in a directory of its own; returns code, stdout and stderr."""
 
     def run(
@@ -183,7 +183,7 @@ def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainHere:
                 redirect_stderr(errors),
                 pytest.raises(SystemExit) as ended,
             ):
-                cli.run_door(main)
+                cli.run_entry_point(main)
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
             torch.set_num_threads(threads)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
 
 from rnnlm.cli import dump_yaml, load_yaml, read_config
-from rnnlm.config import TRAINING_SECTIONS, Config, field_kinds, nearest
+from rnnlm.config import CELLS, HEADS, OPTIMIZERS, TRAINING_SECTIONS, Config, TokenizerConfig, knobs, nearest
 from rnnlm.errors import UserError
 from rnnlm.train.run import differing
 
@@ -25,7 +27,7 @@ def test_order_is_defaults_then_files_then_command_line(tmp_path: Path) -> None:
         f"--config={tmp_path}/a.yaml", "--config", f"{tmp_path}/b.yaml", "--train.seed=5", "--optim.eps", "1e-6"
     )
     assert (config.model.hidden_size, config.model.layers, config.train.seed, config.optim.eps) == (8, 3, 5, 1e-6)
-    assert config.corpus.train == "", "a section that the door does not read"
+    assert config.corpus.train == "", "a section that the entry point does not read"
 
 
 def test_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
@@ -76,7 +78,12 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("modle: {}", "modle.: no such key"), ("model: {layers: }", "model.layers: has no value")]
+    ("text", "message"),
+    [
+        ("modle: {}", "modle.: no such key"),
+        ("model: {layers: }", "model.layers: has no value"),
+        ("train: {accumulation: }", "train.accumulation: has no value"),
+    ],
 )
 def test_empty_sections_and_values(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
@@ -88,19 +95,94 @@ def test_nearest_sizes() -> None:
     assert [nearest(100, 8), nearest(3, 8)] == ["96 or 104", "8"]
 
 
+CHANGEABLE = {  # what else may differ when a run is resumed, beside all of build, eval, generate and run
+    "stream.directory", "stream.verify", "optim.early_stop_patience", "train.epochs", "train.max_steps",
+    "train.accumulation", "train.device", "train.cpu_threads", "train.deterministic", "train.prefetch_threads",
+    "train.stop_after_skipped", "train.loss_chunk_tokens",
+}  # fmt: skip
+
+
 def test_what_may_change_on_resume() -> None:
-    kinds = field_kinds()
-    assert all(kinds[f"{section}.{knob}"] for section in ("run", "eval", "generate") for knob in names(section))
-    assert kinds["train.epochs"] and kinds["stream.directory"]
-    for fixed in ("model.hidden_size", "train.seq_len", "train.global_batch_size", "train.seed", "train.precision"):
-        assert not kinds[fixed]
-    config = Config()
+    whole = {key for key in knobs() if key.split(".")[0] in ("build", "eval", "generate", "run")}
+    assert {key for key, knob in knobs().items() if knob.changeable} == whole | CHANGEABLE
+    assert not CHANGEABLE & {"train.seq_len", "train.global_batch_size", "train.seed", "train.precision"}
+
     record = {"model": {"hidden_size": 99}, "train": {"epochs": 7, "seed": 1}}
-    assert differing(config, record) == ["model.hidden_size is 99 there, 512 now"]
+    assert differing(Config(), record) == ["model.hidden_size is 99 there, 512 now"]
 
 
-def names(section: str) -> list[str]:
-    return [knob.name for knob in dataclasses.fields(getattr(Config(), section))]
+def faults_with(key: str, value: Any) -> list[str]:
+    """The faults of the default configuration with one other value."""
+    section, name = key.split(".")
+    values = dataclasses.replace(getattr(Config(), section), **{name: value})
+    return dataclasses.replace(Config(), **{section: values}).faults()
+
+
+def beyond(value: float, like: object, direction: int) -> float:
+    """The next number of a knob's type, above or below."""
+    return int(value) + direction if isinstance(like, int) else math.nextafter(value, direction * math.inf)
+
+
+BOUNDED = [key for key, knob in knobs().items() if {knob.at_least, knob.below, knob.at_most} != {None}]
+
+
+@pytest.mark.parametrize("key", BOUNDED)
+def test_each_bound_is_refused_one_beyond_and_accepted_at_the_bound(key: str) -> None:
+    knob, default = knobs()[key], Config().flat()[key]
+    assert type(default) in (int, float)
+    if knob.at_least is not None:
+        assert faults_with(key, knob.at_least) == []
+        under = beyond(knob.at_least, default, -1)
+        assert f"{key}={under}: must be at least {knob.at_least}" in faults_with(key, under)
+    if knob.below is not None:
+        assert faults_with(key, beyond(knob.below, default, -1)) == []
+        assert faults_with(key, knob.below) == [f"{key}={knob.below}: must be below {knob.below}"]
+    if knob.at_most is not None:
+        assert faults_with(key, knob.at_most) == []
+        over = beyond(knob.at_most, default, 1)
+        assert faults_with(key, over) == [f"{key}={over}: must be at most {knob.at_most}"]
+
+
+def test_every_number_has_a_lower_bound_but_the_forget_bias() -> None:
+    numbers = [key for key, value in Config().flat().items() if type(value) in (int, float)]
+    assert [key for key in numbers if knobs()[key].at_least is None] == ["model.forget_bias"]
+
+
+@pytest.mark.parametrize(
+    ("key", "names", "typed", "near"),
+    [
+        ("model.cell", CELLS, "gruu", "gru"),
+        ("model.head", HEADS, "sofmax", "softmax"),
+        ("optim.name", OPTIMIZERS, "adamv", "adam"),
+    ],
+)
+def test_names_that_other_code_registers_are_choices(key: str, names: list[str], typed: str, near: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(f"--{key}={typed}")
+    assert str(caught.value) == f"{key}={typed}: not one of {', '.join(names)}; did you mean {near}?"
+
+    names.append(typed)
+    try:
+        assert read(f"--{key}={typed}").flat()[key] == typed
+    finally:
+        names.remove(typed)
+
+
+def test_a_knob_of_an_older_file_is_read_by_its_name_of_today(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("train: {prefetch_workers: 3}\n")
+    assert read(f"--config={tmp_path}/config.yaml").train.prefetch_threads == 3
+    of_run = read_config(TRAINING_SECTIONS, None, [f"--run.directory={tmp_path}"], of_run=True)
+    assert of_run.train.prefetch_threads == 3, "a finished run's record"
+
+    (tmp_path / "both.yaml").write_text("train: {prefetch_workers: 3, prefetch_threads: 2}\n")
+    for arguments in ([f"--config={tmp_path}/both.yaml"], ["--train.prefetch_workers=3"]):
+        with pytest.raises(UserError, match=r"train.prefetch_workers: .*did you mean train.prefetch_threads\?"):
+            read(*arguments)
+
+
+def test_each_configuration_has_lists_of_its_own() -> None:
+    assert Config().tokenizer.user_defined_symbols == []
+    assert TokenizerConfig().user_defined_symbols is not TokenizerConfig().user_defined_symbols
 
 
 def test_every_configuration_of_the_repository_reads() -> None:

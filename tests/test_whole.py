@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Door, TrainHere, command, environment, make_text, records
+from conftest import ROOT, RunScript, TrainHere, command, environment, make_text, records
 
 SMALL = {  # options that make a command of the README small enough for a test
     "train_tokenizer.py": ["--tokenizer.vocab_size=300"],
@@ -75,14 +75,14 @@ def test_the_makefile_types_the_readmes_commands() -> None:
         assert re.search(rf"^\t\$\(BIN\)/.*\b{script}\.py", makefile, flags=re.MULTILINE)
 
 
-def test_make_corpus_is_the_standard_library(run_door: Door, tmp_path: Path) -> None:
-    done = run_door("tools/make_corpus.py", "corpus")
+def test_make_corpus_is_the_standard_library(run_script: RunScript, tmp_path: Path) -> None:
+    done = run_script("tools/make_corpus.py", "corpus")
     assert done.returncode == 0, done.stderr
     files = list((tmp_path / "corpus").iterdir())
     assert len(files) > 300
     assert (tmp_path / "corpus/argparse.py").read_bytes() == Path(os.__file__).with_name("argparse.py").read_bytes()
     assert not [file.name for file in files if re.search(r"^test\.|\.tests?\.|site-packages", file.name)]
-    assert "already there" in run_door("tools/make_corpus.py", "corpus").stdout
+    assert "already there" in run_script("tools/make_corpus.py", "corpus").stdout
 
 
 Mistake = Callable[[Path, Path, Path], tuple[str, list[str]]]
@@ -153,11 +153,11 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_first_users_mistake_is_one_clear_line(
-    name: str, run_door: Door, tmp_path: Path, streams: Path, experiment: Path
+    name: str, run_script: RunScript, tmp_path: Path, streams: Path, experiment: Path
 ) -> None:
     made, message = MISTAKES[name]
     script, options = made(tmp_path, streams, experiment)
-    done = run_door(script, *options)
+    done = run_script(script, *options)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert re.search(f"^error: .*{message}", done.stderr), done.stderr
@@ -168,8 +168,8 @@ def our_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
 
-def test_a_batch_that_the_processes_do_not_divide(run_door: Door, experiment: Path) -> None:
-    done = run_door("launch/train.py", f"--config={experiment}", "--train.global_batch_size=15", processes=2)
+def test_a_batch_that_the_processes_do_not_divide(run_script: RunScript, experiment: Path) -> None:
+    done = run_script("launch/train.py", f"--config={experiment}", "--train.global_batch_size=15", processes=2)
     assert done.returncode != 0
     assert our_lines(done) == [
         "error: train.global_batch_size=15 is not divisible by 2 processes times train.accumulation=1; use 14 or 16"
@@ -192,7 +192,7 @@ def test_fault_20_a_run_directory_of_another_configuration(
     assert (tmp_path / "run/config.yaml").read_bytes() == before
 
 
-def test_launched_processes_that_are_not_seen(run_door: Door, experiment: Path, tmp_path: Path) -> None:
+def test_launched_processes_that_are_not_seen(run_script: RunScript, experiment: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     done = subprocess.run(
         [*launcher, str(ROOT / "launch/train.py"), f"--config={experiment}"],
@@ -203,7 +203,7 @@ def test_launched_processes_that_are_not_seen(run_door: Door, experiment: Path, 
         "error: accelerate launch was asked for several processes but started one; "
         "use --config_file launch/cpu.yaml --num_processes 2, which starts them on a CPU"
     ]
-    blind = run_door("tests/train/faulty_train.py", "blind", "0", f"--config={experiment}", processes=2)
+    blind = run_script("tests/train/faulty_train.py", "blind", "0", f"--config={experiment}", processes=2)
     assert blind.returncode != 0
     assert our_lines(blind) == [
         "error: 2 processes were launched, but each sees 1; "

@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rnnlm.cli import run_door
+from rnnlm.cli import run_entry_point
 from rnnlm.errors import UserError
 
 
@@ -50,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_entry_point(main)

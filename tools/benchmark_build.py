@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from rnnlm.cli import run_door
+from rnnlm.cli import run_entry_point
 from rnnlm.config import BuildConfig, Config, CorpusConfig, StreamConfig
 from rnnlm.data.documents import Document, jobs, read
 from rnnlm.data.encoder import Encoder
@@ -279,4 +279,4 @@ def report(
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_entry_point(main)

@@ -25,7 +25,7 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rnnlm.cli import run_door
+from rnnlm.cli import run_entry_point
 
 LIMIT_MIB = 256
 GROUP_BYTES = 2 * 10**8  # of a row group of parquet
@@ -203,4 +203,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_entry_point(main)

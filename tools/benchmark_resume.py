@@ -26,7 +26,7 @@ import torch
 
 from rnnlm.checkpoint import checkpoint
 from rnnlm.checkpoint.saver import Saver
-from rnnlm.cli import run_door
+from rnnlm.cli import run_entry_point
 from rnnlm.data.ring import Ring
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.stream_format import HEADER_BYTES, Manifest, npy_header
@@ -184,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_entry_point(main)

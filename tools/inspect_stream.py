@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from rnnlm.cli import run_door
+from rnnlm.cli import run_entry_point
 from rnnlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -112,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_entry_point(main)

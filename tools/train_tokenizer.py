@@ -9,7 +9,7 @@ already there is kept: to use one of your own, put it there or name it.
 
 from pathlib import Path
 
-from rnnlm.cli import read_config, run_door
+from rnnlm.cli import read_config, run_entry_point
 from rnnlm.errors import UserError
 
 
@@ -41,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_entry_point(main)

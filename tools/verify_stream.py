@@ -10,7 +10,7 @@ import argparse
 import time
 from pathlib import Path
 
-from rnnlm.cli import run_door
+from rnnlm.cli import run_entry_point
 
 
 def main() -> None:
@@ -38,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_entry_point(main)

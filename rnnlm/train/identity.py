@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import rnnlm
-from rnnlm.config import TRAINING_SECTIONS, Config, field_kinds
+from rnnlm.config import TRAINING_SECTIONS, Config, knobs
 from rnnlm.errors import UserError
 from rnnlm.hashing import json_digest
 from rnnlm.train.inputs import Streams
@@ -23,9 +23,9 @@ from rnnlm.train.inputs import Streams
 
 def identity(config: Config) -> dict[str, dict[str, Any]]:
     """The fields that must stay the same over all attempts of a run; the stream's digest stands for the stream's."""
-    kinds, values = field_kinds(), asdict(config)
+    fixed, values = {key for key, knob in knobs().items() if not knob.changeable}, asdict(config)
     return {
-        section: {name: value for name, value in values[section].items() if not kinds[f"{section}.{name}"]}
+        section: {name: value for name, value in values[section].items() if f"{section}.{name}" in fixed}
         for section in ("model", "optim", "train")
     }
 

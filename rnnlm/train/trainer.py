@@ -120,7 +120,7 @@ class Trainer:
         """This process's batches from the present step on, each checked to continue where its rows ended."""
         run, train = self.run, self.config.train
         dataset = SubstreamDataset(self.streams.train, self.ring, run.first, run.last, self.step, self.total_steps)
-        source = iter(loader(dataset, train.prefetch_workers, self.accelerator.device.type == "cuda"))
+        source = iter(loader(dataset, train.prefetch_threads, self.accelerator.device.type == "cuda"))
         self.clock.reset(self.ring.targets_before(self.step))
         try:
             while True:

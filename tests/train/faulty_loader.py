@@ -27,7 +27,7 @@ from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from rnnlm.cli import run_door
+from rnnlm.cli import run_entry_point
 from rnnlm.data.ring import Positions, Ring
 from rnnlm.data.substreams import Batch, SubstreamDataset
 from rnnlm.train import trainer
@@ -89,4 +89,4 @@ if __name__ == "__main__":
     if fault == "ring":
         Ring.place = strided  # type: ignore[method-assign]
     trainer.loader = lambda dataset, *_: loader(fault, dataset)  # type: ignore[assignment]
-    run_door(train.main)
+    run_entry_point(train.main)

@@ -31,7 +31,7 @@ from accelerate import Accelerator
 import rnnlm.files
 import rnnlm.train.distributed
 import rnnlm.train.trainer
-from rnnlm.cli import run_door
+from rnnlm.cli import run_entry_point
 from rnnlm.config import Config
 from rnnlm.data.substreams import Batch, SubstreamDataset
 from rnnlm.train.trainer import Trainer
@@ -218,4 +218,4 @@ if __name__ == "__main__":
     for fault, value in zip(sys.argv[1].split("+"), sys.argv[2].split("+"), strict=True):
         globals()[fault](int(value))
     del sys.argv[1:3]
-    run_door(train.main)
+    run_entry_point(train.main)

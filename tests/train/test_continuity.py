@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import Door, records, results
+from conftest import RunScript, records, results
 from safetensors.torch import load_file
 
 from rnnlm.data.ring import Ring
@@ -54,10 +54,10 @@ def rows(ring: Ring, step: int, process: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_plain_loader_of_the_same_samples_is_right(run_door: Door, experiment: Path, tmp_path: Path) -> None:
+def test_a_plain_loader_of_the_same_samples_is_right(run_script: RunScript, experiment: Path, tmp_path: Path) -> None:
     """The control: what the faults are built into trains to the same bits as the trainer's own loader."""
     for script, name in (((TRAIN,), "own"), ((FAULTY, "honest"), "plain")):
-        done = run_door(*script, f"--config={experiment}", f"--run.directory={tmp_path}/{name}", processes=2)
+        done = run_script(*script, f"--config={experiment}", f"--run.directory={tmp_path}/{name}", processes=2)
         assert done.returncode == 0, done.stderr
         assert [rank["substreams"] for rank in records(tmp_path / name, "start")[0]["ranks"]] == [[0, 8], [8, 16]]
     assert results(tmp_path / "own") == results(tmp_path / "plain")
@@ -71,10 +71,10 @@ def test_a_plain_loader_of_the_same_samples_is_right(run_door: Door, experiment:
     "fault", ["dispatch", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("shard", "reorder"))]
 )
 def test_a_loader_that_deals_windows_is_caught_at_the_first_batch(
-    run_door: Door, experiment: Path, tmp_path: Path, ring: Ring, fault: str
+    run_script: RunScript, experiment: Path, tmp_path: Path, ring: Ring, fault: str
 ) -> None:
     """Dispatched, process 1 gets process 0's second window; sharded again, or out of order, its own second window."""
-    done = run_door(FAULTY, fault, f"--config={experiment}", processes=2)
+    done = run_script(FAULTY, fault, f"--config={experiment}", processes=2)
     assert done.returncode == 1
     found = {each.process: each for each in catches(done.stderr)}
     assert found[1] == Catch(1, 0, rows(ring, 1, 0 if fault == "dispatch" else 1), rows(ring, 0, 1)), done.stderr
@@ -83,9 +83,11 @@ def test_a_loader_that_deals_windows_is_caught_at_the_first_batch(
 
 
 @pytest.mark.slow
-def test_a_batch_that_is_split_over_the_processes_is_caught(run_door: Door, experiment: Path, tmp_path: Path) -> None:
+def test_a_batch_that_is_split_over_the_processes_is_caught(
+    run_script: RunScript, experiment: Path, tmp_path: Path
+) -> None:
     """Each process gets half of process 0's rows; the shapes alone tell."""
-    done = run_door(FAULTY, "split", f"--config={experiment}", processes=2)
+    done = run_script(FAULTY, "split", f"--config={experiment}", processes=2)
     assert done.returncode == 1
     shapes = r"could not be broadcast together with shapes \(4,\) \(8,\)"
     assert any(len(each.positions) == 4 for each in catches(done.stderr)) or re.search(shapes, done.stderr)
@@ -93,12 +95,14 @@ def test_a_batch_that_is_split_over_the_processes_is_caught(run_door: Door, expe
 
 
 @pytest.mark.slow
-def test_skipping_again_after_a_resume_is_caught(run_door: Door, experiment: Path, tmp_path: Path, ring: Ring) -> None:
+def test_skipping_again_after_a_resume_is_caught(
+    run_script: RunScript, experiment: Path, tmp_path: Path, ring: Ring
+) -> None:
     """Ten steps that are done are skipped twice: step 10 would read what step 20, five into epoch 1, reads."""
-    first = run_door(FAULTY, "skip", f"--config={experiment}", "--train.max_steps=10", processes=2)
+    first = run_script(FAULTY, "skip", f"--config={experiment}", "--train.max_steps=10", processes=2)
     assert first.returncode == 0, "nothing is skipped at the beginning: " + first.stderr
     assert ring.windows_per_epoch > 11
-    done = run_door(FAULTY, "skip", f"--config={experiment}", "--train.max_steps=30", "--train.epochs=3", processes=2)
+    done = run_script(FAULTY, "skip", f"--config={experiment}", "--train.max_steps=30", "--train.epochs=3", processes=2)
     assert done.returncode == 1
     assert "going on from step 10" in done.stderr
     found = catches(done.stderr)
@@ -107,19 +111,19 @@ def test_skipping_again_after_a_resume_is_caught(run_door: Door, experiment: Pat
     assert records(tmp_path / "run", "train")[-1]["step"] == 10
 
 
-def resumed_on_two(run_door: Door, experiment: Path, fault: str) -> tuple[int, str]:
+def resumed_on_two(run_script: RunScript, experiment: Path, fault: str) -> tuple[int, str]:
     """Ten steps by one process, two more by one, which is well, then by two: the third life's code and stderr."""
     for steps, processes in ((10, 0), (12, 0), (14, 2)):
-        done = run_door(FAULTY, fault, f"--config={experiment}", f"--train.max_steps={steps}", processes=processes)
+        done = run_script(FAULTY, fault, f"--config={experiment}", f"--train.max_steps={steps}", processes=processes)
         assert processes or done.returncode == 0, done.stderr
     return done.returncode, done.stderr
 
 
 @pytest.mark.slow
 def test_rows_that_move_with_the_number_of_processes_are_caught(
-    run_door: Door, experiment: Path, tmp_path: Path, ring: Ring
+    run_script: RunScript, experiment: Path, tmp_path: Path, ring: Ring
 ) -> None:
-    code, stderr = resumed_on_two(run_door, experiment, "stride")
+    code, stderr = resumed_on_two(run_script, experiment, "stride")
     every = ring.place(12, 0, 16)[0].tolist()
     assert code == 1 and "going on from step 12" in stderr
     found = catches(stderr)
@@ -129,16 +133,16 @@ def test_rows_that_move_with_the_number_of_processes_are_caught(
     assert records(tmp_path / "run", "train")[-1]["step"] == 12
 
 
-def test_tokens_of_elsewhere_with_the_right_positions_are_caught(run_door: Door, experiment: Path) -> None:
-    done = run_door(FAULTY, "claim", f"--config={experiment}", "--train.max_steps=4", processes=2)
+def test_tokens_of_elsewhere_with_the_right_positions_are_caught(run_script: RunScript, experiment: Path) -> None:
+    done = run_script(FAULTY, "claim", f"--config={experiment}", "--train.max_steps=4", processes=2)
     assert done.returncode == 1
     assert "hidden states would be of other text" in done.stderr
 
 
 @pytest.mark.slow
-def test_a_ring_that_moves_with_the_number_of_processes_is_caught(run_door: Door, experiment: Path) -> None:
+def test_a_ring_that_moves_with_the_number_of_processes_is_caught(run_script: RunScript, experiment: Path) -> None:
     """By the checkpoint itself, which says where its rows ended."""
-    code, stderr = resumed_on_two(run_door, experiment, "ring")
+    code, stderr = resumed_on_two(run_script, experiment, "ring")
     assert code == 1
     assert re.search(r"step-00000012: its rows ended at \[[\d, ]+\], but step 12 begins at \[[\d, ]+\]", stderr), stderr
     assert "hidden states would be of other text" in stderr

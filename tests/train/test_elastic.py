@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Door, TrainHere, final_state, records, results
+from conftest import RunScript, TrainHere, final_state, records, results
 
 from rnnlm.config import Config, TrainConfig
 from rnnlm.data.ring import Ring
@@ -40,14 +40,14 @@ def test_a_tree_sum_has_one_order() -> None:
     ids=lambda moves: "-".join(map(str, moves)),
 )
 def test_fault_19_with_exact_slices_a_run_that_moves_has_the_bits_of_one_that_stays(
-    run_door: Door, train_here: TrainHere, experiment: Path, tmp_path: Path, moves: tuple[int, ...]
+    run_script: RunScript, train_here: TrainHere, experiment: Path, tmp_path: Path, moves: tuple[int, ...]
 ) -> None:
     options = (f"--config={experiment}", "--train.exact_slices=4", "--optim.horizon_steps=20")
     stays, ends = tmp_path / "stays", [20 * (index + 1) // len(moves) for index in range(len(moves))]
     for run, lives in ((stays, (1,) * len(moves)), (tmp_path / "run", moves)):
         for processes, end in zip(lives, ends, strict=True):
             life = (*options, f"--train.max_steps={end}", f"--run.directory={run}")
-            done = train_here(*life) if processes == 1 else run_door(TRAIN, *life, processes=processes)
+            done = train_here(*life) if processes == 1 else run_script(TRAIN, *life, processes=processes)
             assert done.returncode == 0, done.stderr
         assert [start["processes"] for start in records(run, "start")] == list(lives)
     run = tmp_path / "run"
@@ -59,12 +59,14 @@ def test_fault_19_with_exact_slices_a_run_that_moves_has_the_bits_of_one_that_st
 
 
 @pytest.mark.slow
-def test_fault_19_without_slices_losses_stay_within_rounding(run_door: Door, experiment: Path, tmp_path: Path) -> None:
+def test_fault_19_without_slices_losses_stay_within_rounding(
+    run_script: RunScript, experiment: Path, tmp_path: Path
+) -> None:
     options = (f"--config={experiment}", "--train.epochs=9", "--run.log_every_steps=1", "--optim.clip_norm=0.25")
     stays, run = tmp_path / "stays", tmp_path / "run"
-    assert run_door(TRAIN, *options, "--train.max_steps=100", f"--run.directory={stays}").returncode == 0
+    assert run_script(TRAIN, *options, "--train.max_steps=100", f"--run.directory={stays}").returncode == 0
     for processes, end in ((0, 25), (2, 50), (4, 75), (0, 100)):
-        done = run_door(TRAIN, *options, f"--train.max_steps={end}", "--optim.horizon_steps=100", processes=processes)
+        done = run_script(TRAIN, *options, f"--train.max_steps={end}", "--optim.horizon_steps=100", processes=processes)
         if end == 25 and done.returncode:
             raise AssertionError(done.stderr)
     worst = max(

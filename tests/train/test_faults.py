@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Door, records, write_stream
+from conftest import ROOT, RunScript, records, write_stream
 
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
@@ -17,11 +17,13 @@ FAULTY, TRAIN = "tests/train/faulty_train.py", "launch/train.py"
 
 
 @pytest.mark.slow
-def test_fault_06_one_rank_alone_makes_renames_and_deletes(run_door: Door, experiment: Path, tmp_path: Path) -> None:
+def test_fault_06_one_rank_alone_makes_renames_and_deletes(
+    run_script: RunScript, experiment: Path, tmp_path: Path
+) -> None:
     """Two lives on two processes, with saving, deleting old checkpoints and resuming, watched by Python's audit."""
     options = (f"--config={experiment}", "--run.save_every_steps=1", "--eval.every_steps=2")
     for end in (4, 7):
-        done = run_door(FAULTY, "touches", "0", *options, f"--train.max_steps={end}", processes=2)
+        done = run_script(FAULTY, "touches", "0", *options, f"--train.max_steps={end}", processes=2)
         assert done.returncode == 0, done.stderr
     assert [line["processes"] for line in records(tmp_path / "run", "start")] == [2, 2]
     touched = (tmp_path / "touched-0").read_text()
@@ -32,20 +34,20 @@ def test_fault_06_one_rank_alone_makes_renames_and_deletes(run_door: Door, exper
 
 
 def test_fault_07_the_clock_of_rank_0_alone_decides_when_all_save(
-    run_door: Door, experiment: Path, tmp_path: Path
+    run_script: RunScript, experiment: Path, tmp_path: Path
 ) -> None:
     """A step takes 10 seconds by one clock, and 10,000 by the other, which would save after every step."""
     options = (f"--config={experiment}", "--run.save_every_minutes=0.5", "--run.save_every_steps=1000")
-    done = run_door(FAULTY, "clocks", "10", *options, "--eval.every_steps=1000", processes=2)
+    done = run_script(FAULTY, "clocks", "10", *options, "--eval.every_steps=1000", processes=2)
     assert done.returncode == 0, done.stderr
     saves = [[int(line) for line in (tmp_path / f"saves-{rank}").read_text().split()] for rank in range(2)]
     assert saves[0] == saves[1] == [4, 8, 12, 16, 20], "more than 30 seconds after the save before"
     assert "run.grace_seconds" not in done.stderr, "control of the next test: saves that are quick enough"
 
 
-def test_fault_12_a_save_longer_than_the_grace_is_warned_of(run_door: Door, experiment: Path) -> None:
+def test_fault_12_a_save_longer_than_the_grace_is_warned_of(run_script: RunScript, experiment: Path) -> None:
     options = (f"--config={experiment}", "--train.max_steps=2", "--eval.every_steps=99", "--run.grace_seconds=0.3")
-    done = run_door(FAULTY, "disk", "100", *options)
+    done = run_script(FAULTY, "disk", "100", *options)
     assert done.returncode == 0, done.stderr
     warning = r"^warning: step-00000002 took \d+ seconds to write, more than run.grace_seconds=0.3: after a signal"
     assert re.search(warning, done.stderr, re.MULTILINE), done.stderr
@@ -55,20 +57,20 @@ def test_fault_12_a_save_longer_than_the_grace_is_warned_of(run_door: Door, expe
     "key", ["", pytest.param("a" * 40, marks=pytest.mark.slow)], ids=["without a key", "server down"]
 )
 def test_fault_31_wandb_without_a_key_or_a_server_costs_no_line(
-    run_door: Door, experiment: Path, tmp_path: Path, key: str
+    run_script: RunScript, experiment: Path, tmp_path: Path, key: str
 ) -> None:
     """Online, at a port where nothing listens; the second waits for wandb's own timeout, a minute."""
     pytest.importorskip("wandb")
     options = (f"--config={experiment}", "--run.wandb=online", "--train.max_steps=4", "--run.log_every_steps=1")
     server = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": key, "HOME": str(tmp_path)}  # and no key there
-    done = run_door(TRAIN, *options, **server)
+    done = run_script(TRAIN, *options, **server)
     assert done.returncode == 0, done.stderr
     assert "warning: run.wandb=online: " in done.stderr and "; training without it" in done.stderr
     assert [line["step"] for line in records(tmp_path / "run", "train")] == [1, 2, 3, 4]
 
 
 def test_fault_32_a_process_of_other_code_configuration_or_data_is_refused(
-    run_door: Door, experiment: Path, streams: Path, tokenizer: Tokenizer, tmp_path: Path
+    run_script: RunScript, experiment: Path, streams: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     """As on a second machine where the same names stand for other files."""
     (tmp_path / "streams").symlink_to(streams)
@@ -86,7 +88,7 @@ def test_fault_32_a_process_of_other_code_configuration_or_data_is_refused(
         "    sys.argv.append('--optim.learning_rate=0.02')\n"
         f"runpy.run_path({str(ROOT / TRAIN)!r}, run_name='__main__')\n"
     )
-    done = run_door(door, f"--config={experiment}", "--stream.directory=streams", processes=2)
+    done = run_script(door, f"--config={experiment}", "--stream.directory=streams", processes=2)
     assert done.returncode != 0
     other = " and another ".join(["configuration", "train stream", "valid stream", "code"])
     assert done.stderr.count(f"error: process 1 has another {other} than process 0 (") == 1, done.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Door, records
+from conftest import RunScript, records
 from test_trainer import FAULTY, TRAIN, assert_same_bits
 
 pytestmark = [
@@ -19,15 +19,15 @@ pytestmark = [
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_resumed_to_the_bit_in_the_precision_asked_for(
-    run_door: Door, experiment: Path, tmp_path: Path, precision: str, dtype: str, cell: str
+    run_script: RunScript, experiment: Path, tmp_path: Path, precision: str, dtype: str, cell: str
 ) -> None:
     options = [f"--config={experiment}", f"--train.precision={precision}", f"--model.cell={cell}"]
     options += ["--train.deterministic=true", "--train.device=cuda"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    first = run_door(TRAIN, *options, f"--run.directory={tmp_path}/first", CUDA_VISIBLE_DEVICES=visible)
+    first = run_script(TRAIN, *options, f"--run.directory={tmp_path}/first", CUDA_VISIBLE_DEVICES=visible)
     assert first.returncode == 0, first.stderr
-    assert run_door(FAULTY, "kill", "13", *options, CUDA_VISIBLE_DEVICES=visible).returncode == -9
-    resumed = run_door(TRAIN, *options, CUDA_VISIBLE_DEVICES=visible)
+    assert run_script(FAULTY, "kill", "13", *options, CUDA_VISIBLE_DEVICES=visible).returncode == -9
+    resumed = run_script(TRAIN, *options, CUDA_VISIBLE_DEVICES=visible)
     assert resumed.returncode == 0, resumed.stderr
     assert_same_bits(tmp_path / "run", tmp_path / "first")
     assert records(tmp_path / "run", "train")[-1]["ran_in"] == {"layer0": dtype, "layer1": dtype, "head": dtype}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Door, TrainHere, assert_same_bits, final_state, records
+from conftest import RunScript, TrainHere, assert_same_bits, final_state, records
 from torch import tensor
 
 from rnnlm.config import OptimConfig
@@ -85,11 +85,11 @@ def test_fault_16_a_loss_that_is_not_finite_is_no_spike_but_is_skipped() -> None
 
 @pytest.mark.parametrize("fault", ["grad", "row"])
 def test_fault_16_and_17_a_step_that_is_not_finite_changes_nothing_on_any_rank(
-    run_door: Door, experiment: Path, tmp_path: Path, fault: str
+    run_script: RunScript, experiment: Path, tmp_path: Path, fault: str
 ) -> None:
     options = (f"--config={experiment}", "--run.log_every_steps=1", "--run.keep_every_steps=1", "--train.max_steps=7")
     processes = 0 if fault == "grad" else 2
-    done = run_door(FAULTY, fault, "5", *options, "--run.save_every_steps=1", processes=processes)
+    done = run_script(FAULTY, fault, "5", *options, "--run.save_every_steps=1", processes=processes)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     before, after, later = (final_state(run, step)[0] for step in (5, 6, 7))
@@ -108,10 +108,10 @@ def test_fault_16_and_17_a_step_that_is_not_finite_changes_nothing_on_any_rank(
 
 
 def test_fault_16_the_run_stops_after_too_many_in_a_row_and_goes_on_from_the_last_checkpoint(
-    run_door: Door, train_here: TrainHere, experiment: Path, tmp_path: Path
+    run_script: RunScript, train_here: TrainHere, experiment: Path, tmp_path: Path
 ) -> None:
     options = (f"--config={experiment}", "--run.log_every_steps=1", "--train.stop_after_skipped=3")
-    done = run_door(FAULTY, "nan", "-12", *options)
+    done = run_script(FAULTY, "nan", "-12", *options)
     assert done.returncode == 1
     assert done.stderr.count("error: the last 3 steps had losses or gradients that are not finite") == 1
     whole = tmp_path / "whole"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Door, TrainHere, assert_same_bits, final_state, records
+from conftest import RunScript, TrainHere, assert_same_bits, final_state, records
 
 from rnnlm.data.ring import Ring
 from rnnlm.data.stream import TokenStream
@@ -68,26 +68,26 @@ def test_the_cases_cover_all_pairs() -> None:
     ],
 )
 def test_fault_01_killed_at_any_place_it_goes_on_bit_for_bit(
-    run_door: Door, train_here: TrainHere, experiment: Path, tmp_path: Path, streams: Path, case: Case
+    run_script: RunScript, train_here: TrainHere, experiment: Path, tmp_path: Path, streams: Path, case: Case
 ) -> None:
     kill, processes, cell, prefetch, accumulation, precision, schedule = case
     windows = Ring(len(TokenStream(streams / "train")), 24, 32).windows_per_epoch
     assert 10 < windows < 20, "an epoch ends between the last checkpoint but one and the end"
     options = [
         f"--config={experiment}", "--train.global_batch_size=24", "--train.seq_len=32", f"--model.cell={cell}",
-        f"--train.prefetch_workers={prefetch}", f"--train.accumulation={accumulation}", "--eval.every_steps=4",
+        f"--train.prefetch_threads={prefetch}", f"--train.accumulation={accumulation}", "--eval.every_steps=4",
         f"--train.precision={precision}", f"--optim.schedule={schedule}", "--optim.learning_rate=0.1",
     ]  # fmt: skip
     launched = 0 if processes == 1 else int(processes)
     whole, run = tmp_path / "whole", tmp_path / "run"
     uninterrupted = (*options, f"--run.directory={whole}")
-    done = run_door(TRAIN, *uninterrupted, processes=launched) if launched else train_here(*uninterrupted)
+    done = run_script(TRAIN, *uninterrupted, processes=launched) if launched else train_here(*uninterrupted)
     assert done.returncode == 0, done.stderr
     faults = {"window": ("kill", 13), "saving": ("saving", 30), "epoch": ("kill", windows), "first": ("kill", 1)}
-    killed = run_door(FAULTY, *map(str, faults[str(kill)]), *options, processes=launched)
+    killed = run_script(FAULTY, *map(str, faults[str(kill)]), *options, processes=launched)
     assert killed.returncode != 0
     assert (run / "metrics.jsonl").exists() and not (run / "checkpoints/step-00000020").exists()
-    resumed = run_door(TRAIN, *options, processes=launched)
+    resumed = run_script(TRAIN, *options, processes=launched)
     assert resumed.returncode == 0, resumed.stderr
     steps = [start["step"] for start in records(run, "start")]
     assert len(steps) == 2 and (steps[1] == 10 or kill in ("first", "saving")), steps
@@ -96,15 +96,15 @@ def test_fault_01_killed_at_any_place_it_goes_on_bit_for_bit(
 
 @pytest.mark.slow
 def test_fault_01_the_scaling_of_fp16_losses_goes_on_bit_for_bit(
-    run_door: Door, experiment: Path, tmp_path: Path
+    run_script: RunScript, experiment: Path, tmp_path: Path
 ) -> None:
     """On a CPU, with the layers in real fp16 and PyTorch's own scaler."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     options = (f"--config={experiment}", "--train.max_steps=30", "--train.epochs=3", "--run.log_every_steps=1")
-    done = run_door(FAULTY, "half", "0", *options, f"--run.directory={whole}")
+    done = run_script(FAULTY, "half", "0", *options, f"--run.directory={whole}")
     assert done.returncode == 0, done.stderr
-    assert run_door(FAULTY, "half+kill", "0+23", *options).returncode == -9
-    done = run_door(FAULTY, "half", "0", *options)
+    assert run_script(FAULTY, "half+kill", "0+23", *options).returncode == -9
+    done = run_script(FAULTY, "half", "0", *options)
     assert done.returncode == 0, done.stderr
     assert [start["step"] for start in records(run, "start")] == [0, 20]
     assert_same_bits(run, whole, 30)

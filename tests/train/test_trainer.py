@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Door, TrainHere, assert_same_bits, final_state, make_text, records
+from conftest import RunScript, TrainHere, assert_same_bits, final_state, make_text, records
 
 from rnnlm.config import ModelConfig
 from rnnlm.data.ring import Ring
@@ -31,14 +31,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.fixture
 def uninterrupted(
-    whole: dict[int, Path], run_door: Door, train_here: TrainHere, experiment: Path, tmp_path: Path
+    whole: dict[int, Path], run_script: RunScript, train_here: TrainHere, experiment: Path, tmp_path: Path
 ) -> Callable[[int], Path]:
     """The directory of such a run."""
 
     def run(processes: int) -> Path:
         if processes not in whole:
             option = f"--config={experiment}"
-            done = train_here(option) if processes == 1 else run_door(TRAIN, option, processes=processes)
+            done = train_here(option) if processes == 1 else run_script(TRAIN, option, processes=processes)
             assert done.returncode == 0, done.stderr
             kept = tmp_path.parent / f"whole-{processes}"
             shutil.copytree(tmp_path / "run", kept)
@@ -61,7 +61,7 @@ Uninterrupted = Callable[[int], Path]
     ],
 )
 def test_fault_01_killed_after_step_10_of_20_goes_on_bit_for_bit(
-    uninterrupted: Uninterrupted, run_door: Door, experiment: Path, tmp_path: Path, streams: Path, processes: int
+    uninterrupted: Uninterrupted, run_script: RunScript, experiment: Path, tmp_path: Path, streams: Path, processes: int
 ) -> None:
     if processes == 3:  # from three on, the order in which DDP sums gradients shows
         experiment.write_text(experiment.read_text().replace('"global_batch_size": 16', '"global_batch_size": 15'))
@@ -69,12 +69,12 @@ def test_fault_01_killed_after_step_10_of_20_goes_on_bit_for_bit(
     windows = Ring(len(TokenStream(streams / "train")), 15 if processes == 3 else 16, 48).windows_per_epoch
     assert 10 < windows < 20, "an epoch ends between the checkpoint and the end"
     launched = 0 if processes == 1 else processes
-    killed = run_door(FAULTY, "kill", "13", f"--config={experiment}", processes=launched)
+    killed = run_script(FAULTY, "kill", "13", f"--config={experiment}", processes=launched)
     assert killed.returncode != 0
     run = tmp_path / "run"
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000010"]
     assert records(run, "train")[-1]["step"] == 12, "it had gone further than its checkpoint"
-    resumed = run_door(TRAIN, f"--config={experiment}", processes=launched)
+    resumed = run_script(TRAIN, f"--config={experiment}", processes=launched)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on from step 10 of 20" in resumed.stderr
     assert_same_bits(run, expected)
@@ -88,7 +88,7 @@ def test_fault_01_killed_after_step_10_of_20_goes_on_bit_for_bit(
 
 @pytest.mark.slow
 def test_one_process_equals_two_and_masks_keyed_by_rank_do_not(
-    uninterrupted: Uninterrupted, run_door: Door, experiment: Path, tmp_path: Path
+    uninterrupted: Uninterrupted, run_script: RunScript, experiment: Path, tmp_path: Path
 ) -> None:
     one = uninterrupted(1)
     two = uninterrupted(2)
@@ -97,7 +97,7 @@ def test_one_process_equals_two_and_masks_keyed_by_rank_do_not(
     assert [rank["substreams"] for rank in start["ranks"]] == [[0, 8], [8, 16]]
     assert len({rank["pid"] for rank in start["ranks"]}) == 2
     assert all(line["processes"] == 2 for line in records(two, "train"))
-    done = run_door(FAULTY, "masks", "0", f"--config={experiment}", processes=2)
+    done = run_script(FAULTY, "masks", "0", f"--config={experiment}", processes=2)
     assert done.returncode == 0, done.stderr
 
     def distance(run: Path) -> float:
@@ -112,26 +112,26 @@ def test_one_process_equals_two_and_masks_keyed_by_rank_do_not(
 
 
 def test_accumulation_over_substreams_is_the_same_training(
-    uninterrupted: Uninterrupted, run_door: Door, experiment: Path, tmp_path: Path
+    uninterrupted: Uninterrupted, run_script: RunScript, experiment: Path, tmp_path: Path
 ) -> None:
     one = uninterrupted(1)
-    options = ("--train.accumulation=4", "--train.prefetch_workers=0")
+    options = ("--train.accumulation=4", "--train.prefetch_threads=0")
     # what Accelerate would make of its own variable is a second division of the gradient
-    done = run_door(TRAIN, f"--config={experiment}", *options, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
+    done = run_script(TRAIN, f"--config={experiment}", *options, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
     assert done.returncode == 0, done.stderr
     for mine, theirs in zip(records(tmp_path / "run", "train"), records(one, "train"), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
 
 
-def test_a_loader_that_skips_a_window_is_caught(run_door: Door, experiment: Path) -> None:
-    done = run_door(FAULTY, "skip", "4", f"--config={experiment}")
+def test_a_loader_that_skips_a_window_is_caught(run_script: RunScript, experiment: Path) -> None:
+    done = run_script(FAULTY, "skip", "4", f"--config={experiment}")
     assert done.returncode == 1
     assert "RuntimeError: step 4: the loader gave step 4 at positions" in done.stderr
 
 
 def test_a_finished_run_says_so_and_longer_training_goes_on(
-    uninterrupted: Uninterrupted, run_door: Door, train_here: TrainHere, experiment: Path, tmp_path: Path
+    uninterrupted: Uninterrupted, run_script: RunScript, train_here: TrainHere, experiment: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(uninterrupted(1), tmp_path / "run")
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
@@ -146,38 +146,38 @@ def test_a_finished_run_says_so_and_longer_training_goes_on(
     assert trained[-1]["learning_rate"] == pytest.approx(0.001), "the cosine's horizon stays where it was"
     for process in range(2):  # and evaluation and generation read it
         checkpoint = ("best", "last")[process]
-        done = run_door("launch/eval.py", f"--run.directory={tmp_path}/run", f"--run.checkpoint={checkpoint}")
+        done = run_script("launch/eval.py", f"--run.directory={tmp_path}/run", f"--run.checkpoint={checkpoint}")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["scored_tokens"] > 0
 
 
 def test_evaluation_by_two_processes_is_the_same_to_the_bit(
-    uninterrupted: Uninterrupted, run_door: Door, experiment: Path, tmp_path: Path
+    uninterrupted: Uninterrupted, run_script: RunScript, experiment: Path, tmp_path: Path
 ) -> None:
     run = uninterrupted(1)
     options = (f"--run.directory={run}", "--eval.batch_size=40", "--eval.split=train", "--train.seq_len=7")
-    found = [run_door("launch/eval.py", *options, processes=processes) for processes in (0, 2)]
+    found = [run_script("launch/eval.py", *options, processes=processes) for processes in (0, 2)]
     assert [done.returncode for done in found] == [0, 0], found[1].stderr
     assert json.loads(found[0].stdout) == json.loads(found[1].stdout)
 
 
 def test_generation_from_the_door(
-    uninterrupted: Uninterrupted, run_door: Door, experiment: Path, tmp_path: Path
+    uninterrupted: Uninterrupted, run_script: RunScript, experiment: Path, tmp_path: Path
 ) -> None:
     run = uninterrupted(1)
     options = (f"--run.directory={run}", "--generate.samples=2", "--generate.prompts=[anna, bob sees]")
-    done = run_door("launch/generate.py", *options)
+    done = run_script("launch/generate.py", *options)
     assert done.returncode == 0, done.stderr
     parts = done.stdout.rstrip("\n").split("\n---\n")
     assert [part.split()[0] for part in parts] == ["anna", "anna", "bob", "bob"]
-    assert run_door("launch/generate.py", *options).stdout == done.stdout
-    interactive = run_door("launch/generate.py", f"--run.directory={run}")  # stdin is empty: it asks, and ends
+    assert run_script("launch/generate.py", *options).stdout == done.stdout
+    interactive = run_script("launch/generate.py", f"--run.directory={run}")  # stdin is empty: it asks, and ends
     assert interactive.returncode == 0
     assert interactive.stdout.startswith("prompt (empty to end)>")
 
 
 def test_a_damaged_checkpoint_costs_one_interval(
-    uninterrupted: Uninterrupted, run_door: Door, train_here: TrainHere, experiment: Path, tmp_path: Path
+    uninterrupted: Uninterrupted, run_script: RunScript, train_here: TrainHere, experiment: Path, tmp_path: Path
 ) -> None:
     expected = uninterrupted(1)
     run = tmp_path / "run"
@@ -188,7 +188,7 @@ def test_a_damaged_checkpoint_costs_one_interval(
     hidden.write_bytes(data)
     for best in (run / "checkpoints").glob("best-*"):
         (best / "model.safetensors").unlink()
-    scored = run_door("launch/eval.py", f"--run.directory={run}", processes=2)
+    scored = run_script("launch/eval.py", f"--run.directory={run}", processes=2)
     assert scored.returncode == 0, scored.stderr
     assert "every checkpoint is damaged" in scored.stderr, "of the best one there is only this"
     assert (run / "checkpoints/step-00000020").is_dir(), "who only reads renames nothing"
@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_costs_one_interval(
     ],
 )
 def test_plateau_early_stopping_cells_and_bf16_resume_to_the_bit(
-    run_door: Door, experiment: Path, tmp_path: Path, option: str
+    run_script: RunScript, experiment: Path, tmp_path: Path, option: str
 ) -> None:
     """Evaluated every 2 steps with a learning rate that cannot help, so that plateaus happen."""
     options = [f"--config={experiment}", option, "--eval.every_steps=2", "--optim.clip_norm=0", "--run.keep_last=9"]
@@ -219,11 +219,11 @@ def test_plateau_early_stopping_cells_and_bf16_resume_to_the_bit(
         "--optim.learning_rate=40",
         "--optim.early_stop_patience=7",
     ]
-    first = run_door(TRAIN, *options, f"--run.directory={tmp_path}/first")
+    first = run_script(TRAIN, *options, f"--run.directory={tmp_path}/first")
     assert first.returncode == 0, first.stderr
-    killed = run_door(FAULTY, "kill", "11", *options)
+    killed = run_script(FAULTY, "kill", "11", *options)
     assert killed.returncode == -9
-    resumed = run_door(TRAIN, *options)
+    resumed = run_script(TRAIN, *options)
     assert resumed.returncode == 0, resumed.stderr
     run = tmp_path / "run"
     last = records(run, "train")[-1]
@@ -241,7 +241,7 @@ def test_plateau_early_stopping_cells_and_bf16_resume_to_the_bit(
 
 
 def test_fault_20_another_stream_is_refused_before_anything_is_written(
-    uninterrupted: Uninterrupted, run_door: Door, train_here: TrainHere, experiment: Path, tmp_path: Path
+    uninterrupted: Uninterrupted, run_script: RunScript, train_here: TrainHere, experiment: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(uninterrupted(1), run)
@@ -249,7 +249,7 @@ def test_fault_20_another_stream_is_refused_before_anything_is_written(
     text.write_text("\n".join(make_text(500, seed=3)), encoding="utf-8")
     for script in ("tools/train_tokenizer.py", "tools/build_stream.py"):
         options = (f"--corpus.train={text}", "--stream.directory=other", "--tokenizer.vocab_size=300")
-        assert run_door(script, *options).returncode == 0
+        assert run_script(script, *options).returncode == 0
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     done = train_here(f"--config={experiment}", "--stream.directory=other")
     assert done.returncode == 2
@@ -274,13 +274,13 @@ def test_plateau_without_a_validation_stream_is_refused(
 
 @pytest.mark.slow
 def test_resumed_on_another_number_of_processes(
-    uninterrupted: Uninterrupted, run_door: Door, experiment: Path, tmp_path: Path
+    uninterrupted: Uninterrupted, run_script: RunScript, experiment: Path, tmp_path: Path
 ) -> None:
     one = uninterrupted(1)
     run = tmp_path / "run"
     shutil.copytree(one, run)
     shutil.rmtree(run / "checkpoints/step-00000020")
-    done = run_door(TRAIN, f"--config={experiment}", processes=2)
+    done = run_script(TRAIN, f"--config={experiment}", processes=2)
     assert done.returncode == 0, done.stderr
     assert [start["processes"] for start in records(run, "start")] == [1, 2]
     for mine, theirs in zip(records(run, "train"), records(one, "train"), strict=True):

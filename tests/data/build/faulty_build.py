@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
 
 import build_stream
 
-from rnnlm.cli import run_door
+from rnnlm.cli import run_entry_point
 from rnnlm.data.build import assemble, build
 
 FAULT, LOG = os.environ["FAULT"], Path(os.environ["LOG"])
@@ -104,4 +104,4 @@ assemble.RUN_HASHES, assemble.RUN_TOKENS = 100, 2000  # several runs even of a s
 os.fsync = faulty_fsync
 
 if __name__ == "__main__":
-    run_door(build_stream.main)
+    run_entry_point(build_stream.main)
