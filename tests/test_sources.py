@@ -19,7 +19,7 @@ TORCH = {"data/substreams", "model", "checkpoint", "train"}  # where torch may b
 HOMES = {
     "sentencepiece": "data/tokenizer data/tokenizer_training",
     "numba": "data/bpe_kernels",
-    "pyarrow": "data/documents",
+    "pyarrow": "data/parquet",
     "distributed": "data/build/executor",
     "safetensors": "checkpoint/safetensors_file",
     "accelerate": "train/distributed",

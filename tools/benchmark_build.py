@@ -31,8 +31,9 @@ import numpy as np
 
 from rnnlm.cli import run_entry_point
 from rnnlm.config import BuildConfig, Config, CorpusConfig, StreamConfig
-from rnnlm.data.documents import Document, jobs, read
+from rnnlm.data.documents import Document, read
 from rnnlm.data.encoder import Encoder
+from rnnlm.data.jobs import jobs
 from rnnlm.data.sources import sources
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.tokenizer import Tokenizer

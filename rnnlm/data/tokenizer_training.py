@@ -16,7 +16,8 @@ from contextlib import suppress
 import sentencepiece
 
 from rnnlm.config import Config, TokenizerConfig
-from rnnlm.data.documents import BadRecordError, Document, LongDocument, jobs, read
+from rnnlm.data.documents import BadRecordError, Document, LongDocument, read
+from rnnlm.data.jobs import jobs
 from rnnlm.data.sources import sources
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError

@@ -31,7 +31,7 @@ from rnnlm.data.build.external_sort import (
     spilled,
 )
 from rnnlm.data.build.units import TO_VALID, Array, Part, UnitFile, rejected_path, rows_of, tokens_of, write_json
-from rnnlm.data.documents import Job
+from rnnlm.data.jobs import Job
 from rnnlm.data.stream_format import Manifest
 from rnnlm.data.stream_writer import commit, write_array, write_shard
 from rnnlm.data.tokenizer import Tokenizer, token_dtype

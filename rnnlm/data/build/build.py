@@ -29,8 +29,9 @@ from rnnlm.config import Config, as_list
 from rnnlm.data.build.assemble import RUN_DOCUMENTS, RUN_HASHES, RUN_TOKENS, Assembly, Setting
 from rnnlm.data.build.executor import Workers, dask, pool
 from rnnlm.data.build.units import write_json, write_unit
-from rnnlm.data.documents import Job, Rejected, jobs, read
+from rnnlm.data.documents import Rejected, read
 from rnnlm.data.encoder import Encoder
+from rnnlm.data.jobs import Job, jobs
 from rnnlm.data.sources import Source, sources
 from rnnlm.data.stream_format import Manifest
 from rnnlm.data.tokenizer import Tokenizer
@@ -54,10 +55,10 @@ def encode_job(setting: Setting, job: Job) -> None:
     passed = []
     for number, items in read(job, setting.config.corpus):
         path = setting.unit(job, number)
-        if (not job.step or number % job.step == job.unit) and not path.exists():
+        if job.owns(number) and not path.exists():
             write_unit(path, items, setting.splits_off(job.split), setting.config, _here.encoder)
         passed.append(number)
-    if job.step:
+    if job.stride:
         write_json(setting.listing(job), passed)
 
 
@@ -183,12 +184,12 @@ class Build:
         )
 
     def _is_done(self, job: Job) -> bool:
-        if not job.step:
+        if not job.stride:
             return self.setting.unit(job, job.unit).exists()
         if not self.setting.listing(job).exists():
             return False
         numbers = json.loads(self.setting.listing(job).read_bytes())
-        return all(self.setting.unit(job, n).exists() for n in numbers if n % job.step == job.unit)
+        return all(self.setting.unit(job, n).exists() for n in numbers if job.owns(n))
 
     def _prepare(self) -> None:
         """Go on in the work directory of the same build; another's is removed."""
@@ -210,7 +211,7 @@ class Build:
 
     def _set_aside(self, aside: Sequence[Job]) -> None:
         """Units that killed two workers: an error, or with bad records skipped a rejected record each."""
-        left = [job for job in aside if job.step or self.config.corpus.on_bad_record == "fail"]
+        left = [job for job in aside if job.stride or self.config.corpus.on_bad_record == "fail"]
         if left:
             raise UserError(
                 f"{'; '.join(f'{job} ({self._range(job)})' for job in left)}: killed its worker twice, out of memory "
@@ -223,12 +224,12 @@ class Build:
 
     def _range(self, job: Job) -> str:
         begin = job.unit * self.config.corpus.unit_bytes
-        return "any of its units" if job.step else f"bytes {begin:,} to {begin + job.bytes(self.config.corpus):,}"
+        return "any of its units" if job.stride else f"bytes {begin:,} to {begin + job.bytes(self.config.corpus):,}"
 
     def _unit_paths(self, split: str) -> list[Path]:
         paths = []
         for job in jobs(split, self.inputs[split], self.config.corpus, 1):
-            numbers = json.loads(self.setting.listing(job).read_bytes()) if job.step else [job.unit]
+            numbers = json.loads(self.setting.listing(job).read_bytes()) if job.stride else [job.unit]
             paths += [self.setting.unit(job, number) for number in numbers]
         return paths
 

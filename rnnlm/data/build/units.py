@@ -105,7 +105,7 @@ class _Writer:
         else:
             self.records[item.reason] += 1
             if item.reason != "empty":
-                if any(document.mended for document in self.waiting):  # they are listed before it
+                if any(document.repaired for document in self.waiting):  # they are listed before it
                     self._flush()
                 self._list(item.name, item.offset, item.reason)
 
@@ -113,7 +113,7 @@ class _Writer:
         self.rejected.write(json.dumps({"file": name, "at": offset, "reason": reason}).encode() + b"\n")
 
     def _note_mended(self, item: Document | LongDocument, to_valid: bool) -> None:
-        if item.mended:
+        if item.repaired:
             self.mended[int(to_valid)] += 1
             self._list(item.name, item.offset, "invalid UTF-8, mended")
 
