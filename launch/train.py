@@ -19,9 +19,9 @@ def main() -> int:
     """Read the configuration, then train; the exit code."""
     config = read_config(TRAINING_SECTIONS, __doc__)
     with Interrupts() as interrupts:
-        from rnnlm.train.trainer import Trainer
+        from rnnlm.train.trainer import train
 
-        return Trainer(config, interrupts).fit()
+        return train(config, interrupts)
 
 
 if __name__ == "__main__":

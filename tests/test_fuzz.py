@@ -35,7 +35,7 @@ from rnnlm.data.stream_format import HEADER_BYTES
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
 from rnnlm.hashing import json_digest
-from rnnlm.train.guard import Health
+from rnnlm.train.guard import Guard
 from rnnlm.train.state import check_state
 
 Files = dict[str, bytes]
@@ -118,7 +118,7 @@ class CheckpointFiles:
         state = {
             "step": 7, "horizon_steps": 20, "interval": [1, 2, 0], "scaler": {}, "stream": "ab", "tokenizer": "",
             "processes": 1, "vocab_size": 300, "configuration": {"model": {"layers": 2}}, "versions": {"torch": "2"},
-    "origin": {"step": 0, "epoch": 0, "position": 0}, "health": Health(torch.device("cpu")).to_dict(0),
+    "origin": {"step": 0, "epoch": 0, "position": 0}, "health": Guard(torch.device("cpu")).to_dict(0),
             "memory": {**memory, "learning_rate_scale": 1.0},
         }  # fmt: skip
         path = save(directory, "step-00000007", dict.fromkeys(("model", "optimizer", "hidden"), self.expected), state)

@@ -104,7 +104,7 @@ def test_fault_10_slurm_signals_its_task_and_the_run_is_saved_queued_again_and_f
     (cluster / "scontrol.log").unlink()
     second = start(cluster, *long, f"--train.max_steps={marker['step'] + 1}", restarts=1)
     _, errors = second.communicate(timeout=100)
-    assert second.returncode == 0 and f"going on from step {marker['step']}" in errors
+    assert second.returncode == 0 and f"resuming from step {marker['step']}" in errors
     assert not requeued(cluster)
 
 

@@ -3,7 +3,8 @@
 The stream's ring is cut into `batch_size` substreams, so every token is scored once, the very first one after the last
 EOS. Processes share the work in blocks of a fixed shape, and losses are summed in fp64, row by row, in one order: the
 result depends on `batch_size` alone, to the last bit on one kind of machine, not on the number of processes or on the
-windows of training. The price: more processes than blocks have nothing to do, and small blocks use a large GPU less than fully.
+windows of training. The price: more processes than blocks have nothing to do, and small blocks use a large GPU less
+than fully.
 """
 
 from __future__ import annotations

@@ -132,9 +132,7 @@ class Saving:
                 self.metrics.print_line(f"warning: {saved.name}: older checkpoints are still there ({saved.error})")
             elif saved.error:
                 self.error = f"{saved.error}"
-                self.metrics.print_line(
-                    f"warning: step {int(step)}: no checkpoint ({saved.error}); training continues"
-                )
+                self.metrics.print_line(f"warning: step {int(step)}: no checkpoint ({saved.error}); training continues")
 
             grace = self.config.grace_seconds
             if saved.path and saved.seconds > grace:

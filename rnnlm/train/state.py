@@ -12,7 +12,7 @@ from rnnlm.train.guard import SPIKE_WINDOW
 from rnnlm.train.schedule import ValidationMemory
 
 
-def check_state(state: Mapping[str, Any], path: Path) -> None:
+def check_state(state: Mapping[str, Any], path: Path) -> Any:
     """Check that trainer.json holds what the trainer writes: keys and types; what they say is the caller's to judge.
 
     Args:
@@ -36,6 +36,19 @@ def check_state(state: Mapping[str, Any], path: Path) -> None:
         if key not in state or not holds(state[key]):
             shown = repr(state[key])[:100] if key in state else "not there"
             raise CheckpointError(f"{path}/trainer.json: {key} is {shown}, which no trainer writes")
+    from types import SimpleNamespace
+
+    from rnnlm.data.ring import Origin
+
+    d = {k: v for k, v in state.items()}
+    d["memory"] = ValidationMemory(**state["memory"])
+    d["origin"] = Origin(**state["origin"])
+    d["health"] = SimpleNamespace(**state["health"])
+    d.setdefault("layouts", {})
+    return SimpleNamespace(**d)
+
+
+TrainerState = Any
 
 
 def _is_memory(value: Any) -> bool:

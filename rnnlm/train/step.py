@@ -159,7 +159,7 @@ class TrainStep:
         return int(self.accelerator.reduce(self.guard.resets.clone(), "sum"))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds of all processes: `model`, `optimizer`, and `hidden`, each (S, ...); called by all."""
+        """What a checkpoint holds of all processes: model, optimizer, and hidden, each (S, ...); called by all."""
         return {
             "model": dict(self.raw.named_parameters()),
             "optimizer": optimizer_tensors(self.raw, self.raw_optimizer),

@@ -36,24 +36,24 @@ class Watchdog:
         while (silent := time.monotonic() - self._heard) <= self.timeout_seconds:
             if self._closed.wait(min(1.0, self.timeout_seconds / 10)):
                 return
-        give_up(
+        abort(
             f"has done nothing for {silent:.0f} seconds (run.timeout_minutes): it hangs, or waits for a rank that does"
         )
 
 
-def give_up(why: str) -> NoReturn:
+def abort(why: str) -> NoReturn:
     """End this process at once, threads that hang as well; say why, and what each of them was doing."""
     rank = os.environ.get("RANK", "0")
     late = threading.Timer(TELLING_SECONDS, os._exit, (1,))  # a full pipe that nobody reads takes nothing more
     late.daemon = True
     late.start()
     try:
-        tell_stacks(f"error: rank {rank} {why}; its stacks:", f"[rank {rank}] ")
+        dump_stacks(f"error: rank {rank} {why}; its stacks:", f"[rank {rank}] ")
     finally:
         os._exit(1)
 
 
-def tell_stacks(heading: str, prefix: str) -> None:
+def dump_stacks(heading: str, prefix: str) -> None:
     """Print the stacks of all threads on stderr, a prefix before each line.
 
     faulthandler writes word by word, so ranks that tell at the same time would tear each other's lines: it writes to

@@ -23,7 +23,7 @@ from rnnlm.checkpoint.safetensors_file import CheckpointError
 from rnnlm.config import Config, ModelConfig
 from rnnlm.hashing import json_digest
 from rnnlm.model.language_model import RecurrentLM
-from rnnlm.train.guard import Health
+from rnnlm.train.guard import Guard
 from rnnlm.train.load import load_model
 from rnnlm.train.state import check_state
 
@@ -31,7 +31,7 @@ FILES = ["model.safetensors", "hidden.safetensors", "trainer.json", "manifest.js
 STATE = {
     "step": 7, "horizon_steps": 20, "interval": [1, 2, 0], "scaler": {}, "stream": "ab", "tokenizer": "",
     "processes": 1, "vocab_size": 300, "configuration": {"model": {"layers": 2}}, "versions": {"torch": "2"},
-    "origin": {"step": 0, "epoch": 0, "position": 0}, "health": Health(torch.device("cpu")).to_dict(0),
+    "origin": {"step": 0, "epoch": 0, "position": 0}, "health": Guard(torch.device("cpu")).to_dict(0),
     "memory": {"best_loss": None, "best_step": 0, "evaluations_since_best": 0, "evaluations_since_cut": 0,
                "learning_rate_scale": 1.0},
 }  # fmt: skip

@@ -315,7 +315,7 @@ def test_a_run_on_adopted_tokens_is_the_run_on_the_same_stream_but_for_its_text(
     longer = run_script(
         "launch/train.py", *short[:1], "--stream.directory=mine", "--run.directory=r", "--train.max_steps=5"
     )
-    assert longer.returncode == 0 and "going on from step 4 of 5" in longer.stderr, longer.stderr
+    assert longer.returncode == 0 and "resuming from step 4 of 5" in longer.stderr, longer.stderr
     done = run_script("launch/eval.py", "--run.directory=r")
     figures = json.loads(done.stdout)
     assert figures["nats"] > 0 and figures["word_perplexity"] is figures["bits_per_byte"] is figures["words"] is None

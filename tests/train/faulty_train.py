@@ -30,7 +30,7 @@ from accelerate import Accelerator
 
 import rnnlm.files
 import rnnlm.train.distributed
-import rnnlm.train.trainer
+import rnnlm.train.saving
 from rnnlm.cli import run_entry_point
 from rnnlm.config import Config
 from rnnlm.data.substreams import Batch, SubstreamDataset
@@ -39,15 +39,15 @@ from rnnlm.train.trainer import Trainer
 
 def kill(value: int) -> None:
     """Die like a process that the machine took away."""
-    honest = Trainer.train_step
+    honest = Trainer.take_step
 
     def step(self: Trainer, batch: Batch) -> None:
         if self.step == value:
-            self.saver.wait()  # or the checkpoint before this step might be lost too, on a slow disk
+            self.saving.saver.wait()  # or the checkpoint before this step might be lost too, on a slow disk
             os.kill(os.getpid(), signal.SIGKILL)
         honest(self, batch)
 
-    Trainer.train_step = step  # type: ignore[method-assign]
+    Trainer.take_step = step  # type: ignore[method-assign]
 
 
 def masks(value: int) -> None:
@@ -56,7 +56,7 @@ def masks(value: int) -> None:
 
     def init(self: Trainer, *arguments: Any) -> None:
         honest(self, *arguments)
-        self.learner.rows = torch.arange(self.last - self.first, device=self.device)
+        self.train_step.rows = torch.arange(self.run.last - self.run.first)
 
     Trainer.__init__ = init  # type: ignore[assignment,method-assign]
 
@@ -98,19 +98,19 @@ def saving(value: int) -> None:
 
 def at_step(step: int, act: Callable[[Trainer], None], times: int = 1, last_only: bool = True) -> None:
     """Do something before a step, and the ones after it, in the last process or in all."""
-    honest = Trainer.train_step
+    honest = Trainer.take_step
 
-    def train_step(self: Trainer, batch: Batch) -> None:
-        if step <= self.step < step + times and (not last_only or self.process == self.processes - 1):
+    def take_step(self: Trainer, batch: Batch) -> None:
+        if step <= self.step < step + times and (not last_only or self.accelerator.is_last_process):
             act(self)
         honest(self, batch)
 
-    Trainer.train_step = train_step  # type: ignore[method-assign]
+    Trainer.take_step = take_step  # type: ignore[method-assign]
 
 
 def factor(self: Trainer, value: float) -> None:
     """Multiply the next loss."""
-    model = self.learner.model
+    model = self.train_step.model
     honest = model.forward
 
     def forward(*arguments: Any) -> Any:
@@ -131,7 +131,7 @@ def spike(value: int) -> None:
 
 def grad(value: int) -> None:
     def act(self: Trainer) -> None:
-        weight = next(self.learner.raw.parameters())
+        weight = next(self.train_step.raw.parameters())
         handle = weight.register_hook(lambda gradient: (handle.remove(), gradient * float("inf"))[1])
 
     at_step(abs(value), act, 4 if value < 0 else 1)
@@ -139,8 +139,8 @@ def grad(value: int) -> None:
 
 def row(value: int) -> None:
     def act(self: Trainer) -> None:
-        if self.first <= 3 < self.last:
-            self.learner.hidden["layer0.h"][3 - self.first, 0] = float("nan")
+        if self.run.first <= 3 < self.run.last:
+            self.train_step.hidden["layer0.h"][3 - self.run.first, 0] = float("nan")
 
     at_step(value, act, last_only=False)
 
@@ -172,23 +172,23 @@ def disk(value: int) -> None:
 
 def clocks(value: int) -> None:
     now, honest, rank = [0.0], Trainer.save, os.environ["RANK"]
-    # the trainer's alone: watchdogs and process groups keep the true one
-    rnnlm.train.trainer.time = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)  # type: ignore[attr-defined]
+    # that of saving alone: watchdogs and process groups keep the true one
+    rnnlm.train.saving.time = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)  # type: ignore[attr-defined]
 
     def tick(self: Trainer) -> None:
         now[0] += value * (1 if rank == "0" else 1000)
 
-    def save(self: Trainer, best: bool = False) -> None:
+    def save(self: Trainer, *arguments: Any, **options: Any) -> None:
         with Path(f"saves-{rank}").open("a") as file:
             file.write(f"{self.step}\n")
-        honest(self, best)
+        honest(self, *arguments, **options)
 
     at_step(0, tick, times=10**9, last_only=False)
     Trainer.save = save  # type: ignore[method-assign]
 
 
 def half(value: int) -> None:
-    honest = rnnlm.train.trainer.start_accelerator
+    honest = rnnlm.train.distributed.start_accelerator
 
     def start(config: Config) -> Accelerator:
         accelerator = honest(config)
@@ -197,7 +197,7 @@ def half(value: int) -> None:
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=4)
         return accelerator
 
-    rnnlm.train.trainer.start_accelerator = start
+    rnnlm.train.distributed.start_accelerator = start
 
 
 def touches(value: int) -> None:

@@ -104,7 +104,7 @@ def test_skipping_again_after_a_resume_is_caught(
     assert ring.windows_per_epoch > 11
     done = run_script(FAULTY, "skip", f"--config={experiment}", "--train.max_steps=30", "--train.epochs=3", processes=2)
     assert done.returncode == 1
-    assert "going on from step 10" in done.stderr
+    assert "resuming from step 10" in done.stderr
     found = catches(done.stderr)
     assert found and all(each.step == 10 and each.expected == rows(ring, 10, each.process) for each in found)
     assert all(each.positions != each.expected for each in found)
@@ -125,7 +125,7 @@ def test_rows_that_move_with_the_number_of_processes_are_caught(
 ) -> None:
     code, stderr = resumed_on_two(run_script, experiment, "stride")
     every = ring.place(12, 0, 16)[0].tolist()
-    assert code == 1 and "going on from step 12" in stderr
+    assert code == 1 and "resuming from step 12" in stderr
     found = catches(stderr)
     assert found
     for process, step, positions, expected in found:

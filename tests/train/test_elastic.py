@@ -15,7 +15,7 @@ from rnnlm.data.ring import Ring
 from rnnlm.data.stream import TokenStream
 from rnnlm.errors import UserError
 from rnnlm.files import locked
-from rnnlm.train.distributed import TreeSum
+from rnnlm.train.tree_sum import TreeSum
 from rnnlm.train.run import share
 
 TRAIN = "launch/train.py"

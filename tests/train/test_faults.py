@@ -60,7 +60,6 @@ def test_fault_31_wandb_without_a_key_or_a_server_costs_no_line(
     run_script: RunScript, experiment: Path, tmp_path: Path, key: str
 ) -> None:
     """Online, at a port where nothing listens; the second waits for wandb's own timeout, a minute."""
-    pytest.importorskip("wandb")
     options = (f"--config={experiment}", "--run.wandb=online", "--train.max_steps=4", "--run.log_every_steps=1")
     server = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": key, "HOME": str(tmp_path)}  # and no key there
     done = run_script(TRAIN, *options, **server)

@@ -11,7 +11,7 @@ from torch import tensor
 
 from rnnlm.config import OptimConfig
 from rnnlm.errors import RunError
-from rnnlm.train.guard import MIN_LOSSES, SPIKE_WINDOW, Health
+from rnnlm.train.guard import MIN_LOSSES, SPIKE_WINDOW, Guard
 from rnnlm.train.optim import build_optimizer
 
 TRAIN, FAULTY = "launch/train.py", "tests/train/faulty_train.py"
@@ -19,15 +19,16 @@ CPU = torch.device("cpu")
 
 
 def test_fault_17_only_rows_that_are_not_finite_start_anew() -> None:
-    health = Health(CPU)
+    guard = Guard(CPU)
     hidden = {"layer0.h": torch.randn(5, 3), "layer0.c": torch.randn(5, 3)}
     expected = {name: state.clone() for name, state in hidden.items()}
     hidden["layer0.h"][1, 2], hidden["layer0.c"][4, 0] = float("nan"), float("inf")
-    found = health.reset_rows(hidden)
+    zero = {name: torch.zeros(1, 3) for name in hidden}
+    found = guard.reset_rows(hidden, zero)
     for name, state in found.items():
         assert torch.equal(state[[0, 2, 3]], expected[name][[0, 2, 3]])
         assert not state[[1, 4]].any()
-    assert int(health.resets) == 2
+    assert int(guard.resets) == 2
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
@@ -55,32 +56,32 @@ def test_a_fused_optimizer_does_nothing_in_a_skipped_step(name: str) -> None:
 
 def test_fault_18_a_loss_beyond_k_sigma_is_skipped_and_a_lasting_change_is_soon_accepted() -> None:
     torch.manual_seed(0)
-    health, norm = Health(CPU), tensor(1.0)
+    guard, norm = Guard(CPU), tensor(1.0)
     losses = 3 + 0.1 * torch.randn(400, dtype=torch.float64)
     losses[[10, 200]] = 9.0
     losses[300:] += 5
-    skipped = [bool(health.judge(norm, loss, 6.0)) for loss in losses]
+    skipped = [bool(guard.should_skip(norm, loss, 6.0)) for loss in losses]
     for step, loss in enumerate(losses):
         past = losses[max(0, step - SPIKE_WINDOW) : step]
         expected = len(past) >= MIN_LOSSES and loss > past.mean() + 6 * past.std(correction=0)
         assert skipped[step] == expected, step
     assert skipped[200] and not skipped[10] and skipped[300] and not any(skipped[310:])
-    assert health.check(0) == sum(skipped)
+    assert guard.check(0) == sum(skipped)
 
 
 def test_fault_16_a_loss_that_is_not_finite_is_no_spike_but_is_skipped() -> None:
-    health = Health(CPU)
-    assert not health.judge(tensor(1.0), tensor(2.0), 6.0)
+    guard = Guard(CPU)
+    assert not guard.should_skip(tensor(1.0), tensor(2.0), 6.0)
     for count in range(1, 4):
-        assert health.judge(tensor(float("nan")), tensor(float("nan")), 6.0)
-        assert health.check(4) == count
+        assert guard.should_skip(tensor(float("nan")), tensor(float("nan")), 6.0)
+        assert guard.check(4) == count
     with pytest.raises(RunError, match="the last 3 steps .*train.stop_after_skipped=3"):
-        health.check(3)
-    assert not health.judge(tensor(1.0), tensor(2.0), 6.0)
-    assert health.check(1) == 3, "no longer in a row"
-    again = Health(CPU)
-    again.restore(health.to_dict(7), is_main=True)
-    assert again.to_dict(int(again.resets)) == health.to_dict(7)
+        guard.check(3)
+    assert not guard.should_skip(tensor(1.0), tensor(2.0), 6.0)
+    assert guard.check(1) == 3, "no longer in a row"
+    again = Guard(CPU)
+    again.restore(**guard.to_dict(7))
+    assert again.to_dict(int(again.resets)) == guard.to_dict(7)
 
 
 @pytest.mark.parametrize("fault", ["grad", "row"])

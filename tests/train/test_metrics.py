@@ -1,4 +1,4 @@
-"""Metrics: exact interval sums, lines of a life that ended are dropped, curves are drawn, wandb may fail."""
+"""Metrics: exact interval sums, lines of an attempt that ended are dropped, curves are drawn, wandb may fail."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rnnlm.config import RunConfig
 from rnnlm.train.curves import draw_curves, read_lines
 from rnnlm.train.interval_loss import IntervalLoss
 from rnnlm.train.metrics import Metrics, keep_lines, keep_samples
+from rnnlm.train.trackers import WandbTracker
 
 
 def line(step: int, kind: str = "train", loss: float = 2.0) -> dict[str, object]:
@@ -79,31 +80,38 @@ def test_fault_31_wandb_missing_or_failing_never_touches_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # what Python does for a package that is not installed
-    metrics = Metrics(tmp_path, RunConfig(wandb="online"), 0, 10)
+    Metrics(tmp_path, RunConfig(wandb="online"), 0, 10).close()
     assert "training without it" in capsys.readouterr().err
 
-    class Broken:
-        def log(self, record: object) -> None:
+    class Broken(WandbTracker):
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def log(self, kind: str, record: object) -> None:
+            self.calls += 1
             raise ConnectionError("down")
 
-    metrics._wandb = Broken()
+    broken = Broken()
+    monkeypatch.setattr("rnnlm.train.trackers.TRACKERS", [lambda directory, config, step: broken])
+    metrics = Metrics(tmp_path, RunConfig(), 0, 10)
     metrics.write("train", line(5))
     metrics.write("train", line(10))
     metrics.close()
     assert "wandb stopped (down)" in capsys.readouterr().err
+    assert broken.calls == 1, "it is left out from then on"
     assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [5, 10]
 
 
 @pytest.mark.filterwarnings("default")  # the package's own
-def test_wandb_offline_keeps_one_run_over_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+def test_wandb_offline_keeps_one_run_over_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     ids = []
     for step in (0, 5):
         metrics = Metrics(tmp_path, RunConfig(wandb="offline"), step, 10)
         metrics.write("train", line(step + 5))
-        assert metrics._wandb is not None
-        ids.append(metrics._wandb.id)
+        (tracker,) = metrics._trackers._active
+        assert isinstance(tracker, WandbTracker)
+        ids.append(tracker._run.id)
         metrics.close()
     assert ids == [(tmp_path / "wandb-id").read_text()] * 2
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2

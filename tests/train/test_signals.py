@@ -106,7 +106,7 @@ def test_fault_08_to_11_a_signal_ends_a_run_at_a_step_and_it_is_saved(
     assert run.process.returncode == (75 if launcher == "python" else run.process.returncode) != 0
     if launcher == "python":
         done = run_script("launch/train.py", f"--config={experiment}", f"--train.max_steps={marker['step'] + 1}")  # type: ignore[operator]
-        assert done.returncode == 0 and f"going on from step {marker['step']}" in done.stderr
+        assert done.returncode == 0 and f"resuming from step {marker['step']}" in done.stderr
         assert not (run.directory / "preempted.json").exists()
 
 

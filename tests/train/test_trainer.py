@@ -76,7 +76,7 @@ def test_fault_01_killed_after_step_10_of_20_goes_on_bit_for_bit(
     assert records(run, "train")[-1]["step"] == 12, "it had gone further than its checkpoint"
     resumed = run_script(TRAIN, f"--config={experiment}", processes=launched)
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on from step 10 of 20" in resumed.stderr
+    assert "resuming from step 10 of 20" in resumed.stderr
     assert_same_bits(run, expected)
     starts = records(run, "start")
     assert [start["step"] for start in starts] == [0, 10]
@@ -194,7 +194,7 @@ def test_a_damaged_checkpoint_costs_one_interval(
     assert (run / "checkpoints/step-00000020").is_dir(), "who only reads renames nothing"
     done = train_here(f"--config={experiment}")
     assert done.returncode == 0, done.stderr
-    assert "hidden.safetensors: its contents differ" in done.stderr and "going on from step 10" in done.stderr
+    assert "hidden.safetensors: its contents differ" in done.stderr and "resuming from step 10" in done.stderr
     assert (run / "checkpoints/damaged-step-00000020").is_dir()
     assert_same_bits(run, expected)
 
@@ -341,7 +341,7 @@ def test_training_is_that_of_a_slow_obvious_loop(train_here: TrainHere, streams:
                 if begin + place * window + t < end:
                     targets[row, t] = tokens[(position + 1) % len(stream)]
         out, state = lstm(model.embedding(inputs.t()), (state[0].detach(), state[1].detach()))
-        logits = model.head(out).transpose(0, 1)
+        logits = model.head.logits(out).transpose(0, 1)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
         adam.zero_grad()
         (loss / (rows * window)).backward()
