@@ -21,7 +21,7 @@ import torch
 from rnnlm.checkpoint import checkpoint
 from rnnlm.checkpoint.saver import Saved, Saver
 from rnnlm.config import Config, as_list
-from rnnlm.data.substreams import Batch, Reading, SubstreamDataset, loader
+from rnnlm.data.substreams import Batch, ContinuityCheck, SubstreamDataset, loader
 from rnnlm.errors import RunError, UserError
 from rnnlm.files import locked
 from rnnlm.model.evaluate import exp
@@ -71,7 +71,7 @@ class Trainer:
         self.processes, self.process = self.accelerator.num_processes, self.accelerator.process_index
         self.first, self.last = self._share()
         self.learner = Learner(config, manifest.vocab_size, self.accelerator, self.first, self.last)
-        self.reading = Reading(self.train_stream, self.ring, self.first, self.last)
+        self.reading = ContinuityCheck(self.train_stream, self.ring, self.first, self.last)
         self.memory = ValidationMemory()
         self.step = 0  # updates done, and so the data position
         self.horizon = config.optim.horizon_steps or self.total_steps
@@ -296,7 +296,7 @@ class Trainer:
             print(f"warning: saved under {state['versions']}, now {now}: bits may differ", file=sys.stderr)
         ended = self.learner.restore(found, same_rows=not rows_changed)
         if ended is not None:
-            self.reading.go_on(ended.numpy(), state["step"], found.path)
+            self.reading.resume_at(ended.numpy(), state["step"], found.path)
         self.step, self.horizon = state["step"], state["horizon_steps"]
         self.saved_step = self.step
         self.memory = ValidationMemory(**state["memory"])
