@@ -22,7 +22,9 @@ from rnnlm.data.tokenizer import Tokenizer, token_dtype
 from rnnlm.files import fsync_directory, temporary, write_durably
 
 
-def write_array(path: Path, blocks: Iterable[npt.NDArray[Any]], dtype: str, columns: tuple[int, ...] = ()) -> Any:
+def write_array(
+    path: Path, blocks: Iterable[npt.NDArray[Any]], dtype: str, columns: tuple[int, ...] = ()
+) -> tuple[int, str]:
     """Write arrays, (rows, *columns) each, behind one another as one `.npy` file that gets its name when it is on disk.
 
     Returns:
