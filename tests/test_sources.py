@@ -103,6 +103,20 @@ def test_modules_import_only_those_before_them_in_their_room(room: str) -> None:
                 assert order.index(imported) < order.index(module), f"{module} imports {imported}"
 
 
+def test_a_reader_of_a_stream_needs_no_parser_of_text() -> None:
+    """Nor does a user of a tokenizer: training on streams imports nothing of what makes them."""
+    reached, ahead = set[str](), ["data/stream", "data/tokenizer"]
+    while ahead:
+        module = ahead.pop()
+        if module not in reached:
+            reached.add(module)
+            ahead += imported_modules(module)
+    assert "data/stream_format" in reached, "else nothing was followed"
+    parsers = {"data/sources", "data/decompress", "data/jobs", "data/records", "data/parquet", "data/documents"}
+    assert not reached & parsers
+    assert {room_of(module) for module in imported_modules("data/tokenizer")} == {""}
+
+
 def test_torch_is_imported_only_where_tensors_are() -> None:
     for module in MODULES:
         if any(name.split(".")[0] == "torch" for name in imports(PACKAGE / f"{module}.py")):

@@ -45,11 +45,13 @@ def length_counts(stream: "TokenStream") -> tuple[Counts, Counts]:
     N tokens have room for fewer than sqrt(2 N) + 1 different lengths, so this fits into memory for any stream.
     """
     lengths, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    ends, last = stream.documents[:, 0], 0
+    ends, last = stream.documents[:, 0], 0  # (documents,)
     for first in range(0, len(ends), BLOCK):
         block = ends[first : first + BLOCK]
         found, often = np.unique(np.diff(block, prepend=last), return_counts=True)
         last = int(block[-1])
+
+        # add the block's counts to those of the same length
         lengths, place = np.unique(np.concatenate([lengths, found]), return_inverse=True)
         merged = np.zeros(len(lengths), np.int64)
         np.add.at(merged, place, np.concatenate([counts, often]))
@@ -59,7 +61,7 @@ def length_counts(stream: "TokenStream") -> tuple[Counts, Counts]:
 
 def histogram(lengths: Counts, counts: Counts) -> Iterator[str]:
     """A line with a bar for each power of two: how many lengths are at least it, and below the next."""
-    powers = np.frexp(lengths)[1]  # 0 -> 0, 1 -> 1, 2 and 3 -> 2, 4 to 7 -> 3, ...
+    powers = np.frexp(lengths)[1]  # (lengths,): 0 -> 0, 1 -> 1, 2 and 3 -> 2, 4 to 7 -> 3, ...
     rows = {power: int(counts[powers == power].sum()) for power in range(powers.min(), powers.max() + 1)}
     for power, count in rows.items():
         low, high = 2**power // 2, max(0, 2**power - 1)
@@ -82,7 +84,7 @@ def report(stream: "TokenStream", pieces: int) -> Iterator[str]:
     else:
         yield "  bytes and words of the text: unknown"
     yield "  records: " + ", ".join(f"{count:,} {reason}" for reason, count in manifest.records.items())
-    yield f"  {manifest.mended:,} documents mended, {manifest.unknown_tokens:,} unknown tokens"
+    yield f"  {manifest.mended:,} documents repaired, {manifest.unknown_tokens:,} unknown tokens"
 
     counts = token_counts(stream)
     tokenizer = stream.tokenizer() if manifest.tokenizer else None

@@ -37,9 +37,11 @@ def main() -> None:
     if target.is_dir() and any(target.iterdir()):
         print(f"{target} is already there")
         return
+
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+
     library = Path(sysconfig.get_path("stdlib"))
     copied = modules(library)
     for relative in copied:
@@ -47,6 +49,7 @@ def main() -> None:
     if not copied:
         shutil.rmtree(partial)
         sys.exit(f"error: {library}: no modules there; use a Python that has its library as files")
+
     partial.rename(target)
     size = sum(path.stat().st_size for path in target.iterdir())
     print(f"{target}: {len(copied)} documents, {size / 1e6:.1f} MB, from Python {sys.version.split()[0]}")

@@ -20,9 +20,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,34 +41,35 @@ Positions = npt.NDArray[np.int64]
 
 
 class MegatronIndex:
-    """A Megatron-LM `.idx`, mapped: the sequences of a `.bin`, and which of them make a document.
-
-    Args:
-        path: the `.idx`.
-
-    Raises:
-        UserError: missing, not an index, of floats, or of another size than its counts say.
-    """
+    """A Megatron-LM `.idx`, mapped: the sequences of a `.bin`, and which of them make a document."""
 
     def __init__(self, path: Path):
+        """Map an index.
+
+        Raises:
+            UserError: missing, not an index, of floats, or of another size than its counts say.
+        """
         self.path = path
         size = _size_of(path)
         with path.open("rb") as file:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
             raise UserError(f"{path}: begins with {header[:9]!r}, expected {MAGIC!r}; give the .idx of Megatron-LM")
+
         _, version, code, sequences, marks = HEADER.unpack(header)
         if version != 1 or code not in CODES or not marks:
             raise UserError(
                 f"{path}: version {version}, dtype code {code}, {marks} marks of documents; expected version 1, one of "
                 f"{CODES} and at least one mark; write the dataset again with Megatron-LM's tools/preprocess_data.py"
             )
+
         expected = HEADER.size + 12 * sequences + 8 * marks
         if size != expected:
             raise UserError(
                 f"{path}: has {size} bytes, expected {expected} for {sequences} sequences and {marks} marks of "
                 "documents; copy it again (a multimodal index, which is longer, cannot be adopted)"
             )
+
         self.dtype = CODES[code]
         data = np.memmap(path, np.uint8, "r")
         self.lengths = np.frombuffer(data, "<i4", sequences, HEADER.size)  # (sequences,) tokens
@@ -86,6 +86,7 @@ class MegatronIndex:
         for first in range(0, len(self.lengths), BLOCK):
             lengths = self.lengths[first : first + BLOCK].astype(np.int64)
             ends = total + np.cumsum(lengths)
+
             expected = (ends - lengths) * width
             found = self.begins[first : first + BLOCK]
             wrong = np.flatnonzero((found != expected) | (lengths < 0))
@@ -96,6 +97,7 @@ class MegatronIndex:
                     f"expected them from byte {expected[at]}, where the one before it ends; only datasets without gaps "
                     "can be adopted: write it again with Megatron-LM's tools/merge_datasets.py or preprocess_data.py"
                 )
+
             total = int(ends[-1])
         return total
 
@@ -108,12 +110,15 @@ class MegatronIndex:
         sequences, width = len(self.lengths), np.dtype(self.dtype).itemsize
         for first in range(0, len(self.marks), BLOCK):
             marks = self.marks[max(0, first - 1) : first + BLOCK]  # with the last one of the block before
-            outside = (marks[0] if not first else 0) or (len(self.marks) <= first + BLOCK and marks[-1] != sequences)
-            if outside or (np.diff(marks) < 0).any() or marks[-1] > sequences:
+            starts_late = first == 0 and marks[0] != 0
+            ends_early = len(self.marks) <= first + BLOCK and marks[-1] != sequences
+            if starts_late or ends_early or (np.diff(marks) < 0).any() or marks[-1] > sequences:
                 raise UserError(
                     f"{self.path}: its documents are not its {sequences} sequences in order (marks {marks[0]} ... "
                     f"{marks[-1]}); write the dataset again with Megatron-LM's tools/preprocess_data.py"
                 )
+
+            # a document ends where the next one's first sequence begins; behind the last sequence there is none
             begins = self.begins[np.minimum(marks[1:], sequences - 1)] // width
             yield np.where(marks[1:] < sequences, begins, tokens)
 
@@ -140,7 +145,7 @@ class _Scan:
             UserError: an id outside the vocabulary.
         """
         mapped = np.asarray(np.memmap(self.path, np.dtype(self.dtype).newbyteorder("<"), "r"))
-        last = 0
+        last = 0  # the end of the last document
         for first in range(0, self.tokens, BLOCK):
             block = mapped[first : first + BLOCK]
             if not 0 <= int(block.min()) <= int(block.max()) < self.vocab_size:
@@ -149,11 +154,13 @@ class _Scan:
                     f"{self.path}: token {first + at} has the id {block[at]}, outside the vocabulary of "
                     f"{self.vocab_size}; give the --vocab-size and the --dtype with which it was written"
                 )
+
             self._sha256.update(block.view(np.uint8).data)
             ends = np.flatnonzero(block == self.eos_id) + (first + 1)
             self.eos_tokens += len(ends)
             last = int(ends[-1]) if len(ends) else last
             yield ends
+
         if last < self.tokens:
             yield np.array([self.tokens])
 
@@ -177,32 +184,24 @@ def adopt(
     index = MegatronIndex(source) if source.suffix == ".idx" else None
     path = source.with_suffix(".bin") if index else source
     dtype = _checked_dtype(source, index, dtype, vocab_size)
-    if not -1 <= eos_id < vocab_size:
-        raise UserError(f"--eos-id={eos_id}: outside the vocabulary of {vocab_size}; give -1 if it has no EOS")
-    if tokenizer and (tokenizer.vocab_size, tokenizer.eos_id) != (vocab_size, eos_id):
-        raise UserError(
-            f"--vocab-size={vocab_size} and --eos-id={eos_id}: the tokenizer's are {tokenizer.vocab_size} and "
-            f"{tokenizer.eos_id}; give these, or no tokenizer"
-        )
+    _check_vocabulary(vocab_size, eos_id, tokenizer)
     if directory.exists():
         raise UserError(f"{directory}: is already there; remove it, or choose another directory")
+
     scan = _Scan(path, dtype, vocab_size, eos_id)
-    ends: Iterable[Positions] = scan.document_ends()
-    if index:
-        if (tokens := index.tokens()) != scan.tokens:
-            raise UserError(f"{path}: has {scan.tokens} tokens, but {source} tells of {tokens}; copy both again")
-        ends = index.document_ends(tokens)
+    if index and (tokens := index.tokens()) != scan.tokens:
+        raise UserError(f"{path}: has {scan.tokens} tokens, but {source} tells of {tokens}; copy both again")
+
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an adoption that was killed
     partial.mkdir(parents=True)
     try:
-        documents, digest = write_array(partial / "documents.npy", (_rows(part) for part in ends), "<i8", (3,))
-        for _ in scan.document_ends() if index else ():
-            pass
+        documents, digest = _write_documents(partial / "documents.npy", index, scan)
         (partial / "shard-00000.bin").symlink_to(path.resolve())
         if tokenizer:
             write_durably(partial / "tokenizer.model", tokenizer.model)
         manifest = Manifest(
+            # the unsigned one of the same width
             dtype=np.dtype(dtype.removeprefix("u").replace("int", "uint")).newbyteorder("<").str,
             vocab_size=vocab_size,
             eos_id=eos_id,
@@ -226,11 +225,32 @@ def adopt(
         raise
 
 
-def _rows(ends: Positions) -> npt.NDArray[Any]:
-    """(documents, 3) running totals, of which bytes and words are unknown."""
-    rows = np.zeros((len(ends), 3), np.int64)
-    rows[:, 0] = ends
-    return rows
+def _write_documents(path: Path, index: MegatronIndex | None, scan: _Scan) -> tuple[int, str]:
+    """Write documents.npy, and read all tokens on the way; how many documents there are, and the file's sha256."""
+    if not index:
+        return write_array(path, map(_totals, scan.document_ends()), "<i8", (3,))
+
+    written = write_array(path, map(_totals, index.document_ends(scan.tokens)), "<i8", (3,))
+    for _ in scan.document_ends():  # the index knows the documents; ids, EOS tokens and digest are still wanted
+        pass
+    return written
+
+
+def _totals(ends: Positions) -> Positions:
+    """(documents, 3) running totals of the documents with these ends, (documents,); bytes and words are unknown."""
+    totals = np.zeros((len(ends), 3), np.int64)
+    totals[:, 0] = ends
+    return totals
+
+
+def _check_vocabulary(vocab_size: int, eos_id: int, tokenizer: Tokenizer | None) -> None:
+    if not -1 <= eos_id < vocab_size:
+        raise UserError(f"--eos-id={eos_id}: outside the vocabulary of {vocab_size}; give -1 if it has no EOS")
+    if tokenizer and (tokenizer.vocab_size, tokenizer.eos_id) != (vocab_size, eos_id):
+        raise UserError(
+            f"--vocab-size={vocab_size} and --eos-id={eos_id}: the tokenizer's are {tokenizer.vocab_size} and "
+            f"{tokenizer.eos_id}; give these, or no tokenizer"
+        )
 
 
 def _checked_dtype(source: Path, index: MegatronIndex | None, dtype: str, vocab_size: int) -> str:
@@ -240,6 +260,7 @@ def _checked_dtype(source: Path, index: MegatronIndex | None, dtype: str, vocab_
     if not index and dtype not in RAW_DTYPES:
         hint = f", or {source.with_suffix('.idx')}" if source.with_suffix(".idx").exists() else ""
         raise UserError(f"{source}: raw tokens do not tell their dtype; give --dtype={' or '.join(RAW_DTYPES)}{hint}")
+
     dtype = index.dtype if index else dtype
     holds = int(np.iinfo(dtype).max) + 1
     if not 1 <= vocab_size <= min(holds, 2**32):

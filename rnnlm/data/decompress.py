@@ -1,4 +1,9 @@
-"""Compressed files as bytes, with every damage seen."""
+"""Files as decompressed bytes, a chunk at a time, with every damage seen.
+
+The readers of .xz and .zst are loops of our own around the libraries' decompressors: the libraries' file objects take a
+damaged second stream, or a frame that is cut short, for the end of the file, and the corpus would silently be shorter.
+The price is the code here. No chunk is much larger than CHUNK_BYTES, however well the file was compressed.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from typing import IO
 from rnnlm.data.sources import Source, is_streamed
 from rnnlm.errors import UserError
 
-CHUNK_BYTES = 2**20  # read at once
+CHUNK_BYTES = 2**20  # read and handed on at once, about
 
 
 class DamagedError(Exception):
@@ -27,7 +32,8 @@ def read_chunks(source: Source, offset: int = 0) -> Iterator[bytes]:
     """
     try:
         if not source.size and is_streamed(source):
-            raise EOFError("it is empty")
+            raise EOFError("it is empty")  # no compressed file is, whatever is in it
+
         with source.open() as raw:
             if offset:
                 raw.seek(offset)
@@ -39,6 +45,7 @@ def read_chunks(source: Source, offset: int = 0) -> Iterator[bytes]:
 
 
 def _reader(raw: IO[bytes], path: str) -> Iterator[bytes]:
+    """The decompressor that a file's name asks for."""
     if path.endswith(".zst"):
         yield from _zstd(raw)
     elif path.endswith(".gz"):
@@ -51,16 +58,19 @@ def _reader(raw: IO[bytes], path: str) -> Iterator[bytes]:
 
 
 def _xz(raw: IO[bytes]) -> Iterator[bytes]:
-    """All streams of an .xz file; the library's own reader takes a damaged one behind the first for the end."""
+    """All streams of an .xz file, one behind the other, as parallel compressors write them."""
     data, stream = b"", None
     while data or (data := raw.read(CHUNK_BYTES)):
         if stream is None and not (data := data.lstrip(b"\0")):  # padding between streams
             continue
+
         stream = stream or lzma.LZMADecompressor()
         chunk, data = stream.decompress(data, CHUNK_BYTES), b""
         while chunk:
             yield chunk
+            # more of what it was given, if that makes more than one chunk
             chunk = b"" if stream.eof or stream.needs_input else stream.decompress(b"", CHUNK_BYTES)
+
         if stream.eof:
             data, stream = stream.unused_data, None
     if stream is not None:
@@ -68,21 +78,23 @@ def _xz(raw: IO[bytes]) -> Iterator[bytes]:
 
 
 def _zstd(raw: IO[bytes]) -> Iterator[bytes]:
-    """All frames of a .zst file; the library's own reader takes a cut frame for the end of the file."""
+    """All frames of a .zst file."""
     import zstandard
 
-    data, frame, size = b"", None, 512
+    data, frame, size = b"", None, 512  # size: compressed bytes decompressed at once
     while data or (data := raw.read(CHUNK_BYTES)):
         frame = frame or zstandard.ZstdDecompressor().decompressobj()
         try:
             chunk = frame.decompress(data[:size])
         except zstandard.ZstdError as error:
             raise ValueError(str(error)) from error
+
         data = data[size:]
         if frame.eof:
             data, frame = frame.unused_data + data, None
+
         yield from (chunk[start : start + CHUNK_BYTES] for start in range(0, len(chunk), CHUNK_BYTES))
-        # what makes about a megabyte: a few bytes may hold a thousand times as many
+        # what makes about one chunk: the library has no limit, and a few bytes may hold a thousand times as many
         size = min(max(64, size * CHUNK_BYTES // max(1, len(chunk))), 2**17)
     if frame is not None:
         raise EOFError("the last zstd frame is cut short")

@@ -230,6 +230,7 @@ class _Parser:
                     decoder = codecs.getincrementaldecoder("utf-8")("replace")
                     decoder.setstate(state)
                     text = decoder.decode(part, final=not part)
+
                 yield (text.removeprefix("\ufeff") if number == document.offset == 0 else text).encode()
         except DamagedError as error:
             raise BadRecordError(self.damaged(document.offset, error)) from error

@@ -1,4 +1,4 @@
-"""Substreams: which tokens every row of every step reads, as arithmetic on the step number.
+"""The ring: which tokens every row of every step reads, as arithmetic on the step number.
 
 The stream is a ring of N tokens, cut into S contiguous substreams; a step consumes one window of `seq_len` tokens of
 each, so that hidden states carry over from step to step, and the data position *is* the step number. Here N = 60
@@ -12,7 +12,7 @@ tokens 1..60, S = 3, seq_len = 6:
 Targets are one later on the ring: 60 is followed by 1. Dots are masked, so shapes stay the same. Every token is a
 target exactly once per epoch, whatever N, S and seq_len; the price is up to S * seq_len - 1 masked places in an
 epoch's last window. Later epochs start at a drawn offset, so that windows begin elsewhere. After a planned change of
-seq_len or S the arithmetic starts anew from an `Origin`.
+seq_len or S the arithmetic starts again from an `Origin`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Positions = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Origin:
-    """From this step on the arithmetic starts anew, after a planned change of `seq_len` or `substreams`.
+    """From this step on the arithmetic starts again, after a planned change of `seq_len` or `substreams`.
 
     Args:
         step: the first step that is read in the new way.
         epoch: the epoch that it is in.
         position: tokens of each substream consumed in that epoch before it; the number of substreams can change only
-            at 0, where rows and hidden states begin anew.
+            at 0, where rows start elsewhere and hidden states from zero.
     """
 
     step: int = 0
@@ -74,10 +74,11 @@ class Ring:
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, tokens of each substream consumed in it before this step); hidden states start from zero at 0."""
-        done = step - self.origin.step
+        done = step - self.origin.step  # steps in this way of reading
         assert done >= 0, f"step {step} is before the origin, {self.origin}"
         if done < self._steps_left:
             return self.origin.epoch, self.origin.position + done * self.seq_len
+
         epochs, window = divmod(done - self._steps_left, self.windows_per_epoch)
         return self.origin.epoch + 1 + epochs, window * self.seq_len
 

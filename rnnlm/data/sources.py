@@ -1,4 +1,8 @@
-"""The files behind paths, globs and URLs."""
+"""The files behind paths, globs and URLs, in a fixed order, on any file system that fsspec knows.
+
+A source's name is its path within the corpus, without the directory that all files share: a build is the same wherever
+the corpus lies. The price: a file that is renamed counts as another one.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,11 @@ from rnnlm.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """One input file: its name within the corpus, its size on disk in bytes, a stamp that changes with it, a handle."""
+    """One input file."""
 
-    name: str
-    size: int
-    stamp: str
+    name: str  # within the corpus
+    size: int  # bytes on disk
+    stamp: str  # changes with the file
     file: Any  # fsspec's OpenFile: travels to workers, opens there
 
     @property
@@ -46,6 +50,7 @@ def sources(paths: list[str] | str, key: str) -> list[Source]:
             raise UserError(f"{key}={pattern}: cannot be opened ({error})") from error
         if not matches:
             raise UserError(f"{key}={pattern}: no file matches; give a path, a glob or a URL of text files")
+
         for file in matches:
             try:
                 info = file.fs.info(file.path)
@@ -53,8 +58,11 @@ def sources(paths: list[str] | str, key: str) -> list[Source]:
                 raise UserError(f"{key}={pattern}: cannot be read ({error.strerror or error})") from error
             if info.get("type") == "directory":
                 raise UserError(f"{key}={pattern}: is a directory; name files, as in {pattern.rstrip('/')}/*.txt")
+
+            # a local file's time, or what the object store of a URL has in its place
             stamp = next((str(info[name]) for name in ("mtime", "ETag", "LastModified", "updated") if name in info), "")
             found.append((file, int(info.get("size") or 0), stamp))
+
     common = posixpath.commonpath([posixpath.dirname(file.path) for file, _, _ in found]) if found else ""
     return [Source(file.path.removeprefix(common).lstrip("/"), size, stamp, file) for file, size, stamp in found]
 

@@ -1,17 +1,9 @@
-"""The token stream on disk: format, writer, memory-mapped reader, verification.
+"""A token stream opened for reading: memory-mapped, as a ring, and verified.
 
-    stream.json          the manifest, written last: without it there is no stream
-    tokenizer.model      the model that made the tokens
-    shard-00000.npy ...  tokens, all documents in order, each ended by EOS; uint16, or uint32 above 65,536 pieces
-    documents.npy        int64 (documents, 3): running totals of tokens, UTF-8 bytes of the text, words
-    rejected.jsonl       if any record was rejected or mended: {"file", "at", "reason"} a line; `at` is a byte or a row
-
-An adopted stream (foreign.py) has links to another program's raw tokens instead, shard-00000.bin, without a header and
-unsigned of any width; tokenizer.model only if one was given; and 0, unknown, for all bytes and words.
-
-Everything is plain `.npy`, so ten lines of numpy read it. A file's digest is over the bytes behind its header, since
-the header holds the final count; the header is compared with the only one that dtype and count allow. The price of
-running totals: a document's own size is a difference of two rows.
+Shards are mapped, not read: the kernel reads what a window touches and keeps what is used often, processes on a machine
+share it, and opening takes the same time for one shard and for ten thousand. Opening checks sizes and the manifest's
+own digest; contents are checked by `verify`, as two terabytes cannot be hashed at every start. The price: a bit that
+flips in a shard is found only by who asks.
 """
 
 from __future__ import annotations
@@ -26,28 +18,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rnnlm.data.stream_format import HEADER_BYTES, Manifest, StreamError, npy_header
+from rnnlm.data.stream_format import Manifest, StreamError, header_bytes, is_raw, npy_header
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
 
-READ_BYTES = 2**22
+READ_BYTES = 2**22  # verified at once
 MAPPED_SHARDS = 512  # at once: each holds a file descriptor, of which a process has 1,024
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 
-def _is_raw(name: str) -> bool:
-    return name.endswith(".bin")
-
-
-def _header_bytes(name: str) -> int:
-    return 0 if _is_raw(name) else HEADER_BYTES
-
-
 class TokenStream:
-    """A stream opened for reading: sizes and the manifest are checked now, contents by verify().
-
-    Shards are mapped when they are first read, so opening takes the same time for one and for ten thousand.
-    """
+    """A stream opened for reading: sizes and the manifest are checked now, contents by verify()."""
 
     def __init__(self, directory: str | Path):
         """Open a stream.
@@ -58,22 +39,24 @@ class TokenStream:
         self.directory = Path(directory)
         self.manifest = Manifest.read(directory)
         self.tokens = self.manifest.tokens
-        self._ends = np.cumsum([shard["tokens"] for shard in self.manifest.shards], dtype=np.int64)
-        self._maps: dict[int, Tokens] = {}
+        self._ends = np.cumsum([shard["tokens"] for shard in self.manifest.shards], dtype=np.int64)  # (shards,)
+        self._maps: dict[int, Tokens] = {}  # of shards, the least recently used one first
         if sum(shard["tokens"] for shard in self.manifest.shards) != self.tokens:
             raise StreamError(f"{self.directory}: the shards do not add up to tokens={self.tokens}; build it again")
+
         width = np.dtype(self.manifest.dtype).itemsize
         try:
             with os.scandir(self.directory) as entries:  # in one go: ten thousand shards open in a fifth of a second
                 sizes = {entry.name: entry.stat().st_size if entry.is_file() else -1 for entry in entries}
         except OSError as error:  # a link to itself
             raise StreamError(f"{self.directory}: {error}; build the stream again") from error
+
         self._check_size(sizes, "documents.npy", 24 * self.manifest.documents)
         for shard in self.manifest.shards:
             self._check_size(sizes, shard["name"], width * shard["tokens"])
 
     def __reduce__(self) -> tuple[type[TokenStream], tuple[Path]]:
-        return TokenStream, (self.directory,)  # loader workers map the files anew
+        return TokenStream, (self.directory,)  # workers of a loader map the files themselves
 
     def __len__(self) -> int:
         return int(self.tokens)
@@ -82,10 +65,10 @@ class TokenStream:
         if "/" in name or os.sep in name or name == "..":
             raise StreamError(f"{self.directory}: a shard is called {name!r}, outside the directory; build it again")
         found = sizes.get(name, -1)
-        size = _header_bytes(name) + data_bytes
+        size = header_bytes(name) + data_bytes
         if found != size:
             state = "is missing" if found < 0 else f"has {found} bytes"
-            again = "adopt" if _is_raw(name) else "build"
+            again = "adopt" if is_raw(name) else "build"
             raise StreamError(
                 f"{self._named(name)}: {state}, expected {size} bytes; copy it again or {again} the stream again"
             )
@@ -98,14 +81,16 @@ class TokenStream:
         return str(path)
 
     def _map(self, name: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        path, offset = self.directory / name, _header_bytes(name)
+        """The array of this dtype and shape behind a file's header, mapped."""
+        path, offset = self.directory / name, header_bytes(name)
         try:
             with path.open("rb") as file:
                 if offset and file.read(offset) != npy_header(dtype, shape):
                     raise StreamError(f"{path}: its header is not that of {dtype} {shape}; copy it again")
         except FileNotFoundError as error:
             raise StreamError(f"{path}: was removed since the stream was opened; put it back, and resume") from error
-        if 0 in shape:
+
+        if 0 in shape:  # nothing cannot be mapped
             return np.empty(shape, dtype)
         # np.asarray: slicing the memmap class itself is fifty times slower
         return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape))
@@ -116,7 +101,8 @@ class TokenStream:
         if tokens is None:
             shard = self.manifest.shards[index]
             tokens = self._map(shard["name"], self.manifest.dtype, (shard["tokens"],))
-        self._maps[index] = tokens  # the last one used is the last in order
+
+        self._maps[index] = tokens
         if len(self._maps) > MAPPED_SHARDS:
             del self._maps[next(iter(self._maps))]
         return tokens
@@ -129,35 +115,42 @@ class TokenStream:
     def windows(self, starts: npt.NDArray[np.int64], length: int) -> Tokens:
         """The tokens at `starts[i] ... starts[i] + length - 1` of the ring: (len(starts), length).
 
-        Positions are taken modulo the number of tokens: the first token follows the last. The dtype is the shards',
-        except that 64 bits become 32: adoption has checked that all ids fit.
+        Args:
+            starts: (rows,) any integers; positions are taken modulo the number of tokens, the first follows the last.
+            length: tokens of each row.
+
+        Returns:
+            (rows, length) in the shards' dtype, except that 64 bits become 32: adoption has checked that all ids fit.
         """
         starts = np.asarray(starts, dtype=np.int64) % self.tokens
         dtype = np.dtype(self.manifest.dtype)
         out = np.empty((len(starts), length), dtype=dtype if dtype.itemsize < 8 else "<u4")
+
         shards = np.searchsorted(self._ends, starts, side="right")
         for index in np.unique(shards):
             tokens = self.shard(int(index))
-            begins = starts - (self._ends[index] - len(tokens))
+            begins = starts - (self._ends[index] - len(tokens))  # within this shard
             whole = (shards == index) & (begins + length <= len(tokens))
-            if whole.any():
+            if whole.any():  # in one go, not row by row
                 views = np.lib.stride_tricks.sliding_window_view(tokens, length)
                 out[whole] = views[begins[whole]]
+
+            # the few that reach into the next shard, or around the ring's end
             for row in np.flatnonzero((shards == index) & ~whole):
                 self._gather(int(starts[row]), out[row])
         return out
 
     def _gather(self, start: int, out: Tokens) -> None:
-        """Fill `out` from ring position `start` on, across shards and the ring's end."""
+        """Fill `out`, (length,), from ring position `start` on, across shards and the ring's end."""
         filled = 0
         while filled < len(out):
             position = (start + filled) % self.tokens
             index = int(np.searchsorted(self._ends, position, side="right"))
             tokens = self.shard(index)
             begin = position - int(self._ends[index] - len(tokens))
-            part = tokens[begin : begin + len(out) - filled]
-            out[filled : filled + len(part)] = part
-            filled += len(part)
+            found = tokens[begin : begin + len(out) - filled]
+            out[filled : filled + len(found)] = found
+            filled += len(found)
 
     def tokenizer(self) -> Tokenizer:
         """The stream's own tokenizer.
@@ -181,52 +174,75 @@ class TokenStream:
         Raises:
             StreamError: naming the first file that is wrong, and what was found.
         """
-        known = {"stream.json", "documents.npy"}
         if self.manifest.tokenizer:
-            tokenizer = self.tokenizer()
-            if (tokenizer.vocab_size, tokenizer.eos_id) != (self.manifest.vocab_size, self.manifest.eos_id):
-                raise StreamError(f"{self.directory}: vocabulary size or EOS differ from those of tokenizer.model")
-            yield "tokenizer.model", len(tokenizer.model)
-            known.add("tokenizer.model")
-        extra = {path.name for path in self.directory.iterdir()} - {shard["name"] for shard in self.manifest.shards}
-        if extra := extra - known - ({"rejected.jsonl"} if self.manifest.rejected_sha256 else set()):
-            raise StreamError(f"{self.directory}: files that are no part of the stream: {', '.join(sorted(extra))}")
-        end_of_documents = 0
+            yield "tokenizer.model", self._verify_tokenizer()
+        self._verify_names()
+
+        eos_tokens = 0
         for index, shard in enumerate(self.manifest.shards):
-            tokens = self.shard(index)
-            self._verify_digest(shard["name"], tokens, shard["sha256"])
-            for block in np.array_split(tokens, max(1, len(tokens) * tokens.itemsize // READ_BYTES)):
-                if int(block.max()) >= self.manifest.vocab_size:
-                    raise StreamError(f"{self._named(shard['name'])}: a token outside the vocabulary")
-                end_of_documents += int(np.count_nonzero(block == self.manifest.eos_id))
-            yield shard["name"], tokens.nbytes
-        self._verify_documents(end_of_documents)
+            eos_tokens += self._verify_shard(index)
+            yield shard["name"], self.shard(index).nbytes
+
+        self._verify_documents(eos_tokens)
         yield "documents.npy", 24 * self.manifest.documents
         if self.manifest.rejected_sha256:
-            path = self.directory / "rejected.jsonl"
-            if not path.is_file():
-                raise StreamError(f"{path}: is missing; copy it again or build the stream again")
-            rejected = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
-            self._verify_digest("rejected.jsonl", rejected, self.manifest.rejected_sha256)
-            yield "rejected.jsonl", len(rejected)
+            yield "rejected.jsonl", self._verify_rejected()
+
+    def _verify_tokenizer(self) -> int:
+        """Check the tokenizer; its bytes."""
+        tokenizer = self.tokenizer()
+        if (tokenizer.vocab_size, tokenizer.eos_id) != (self.manifest.vocab_size, self.manifest.eos_id):
+            raise StreamError(f"{self.directory}: vocabulary size or EOS differ from those of tokenizer.model")
+        return len(tokenizer.model)
+
+    def _verify_names(self) -> None:
+        """Check that no file is there but those of the manifest: a stream is copied and compared as a directory."""
+        known = {"stream.json", "documents.npy", *(shard["name"] for shard in self.manifest.shards)}
+        if self.manifest.tokenizer:
+            known.add("tokenizer.model")
+        if self.manifest.rejected_sha256:
+            known.add("rejected.jsonl")
+        if extra := {path.name for path in self.directory.iterdir()} - known:
+            raise StreamError(f"{self.directory}: files that are no part of the stream: {', '.join(sorted(extra))}")
+
+    def _verify_shard(self, index: int) -> int:
+        """Check a shard's digest and the range of its ids; how many of them are EOS."""
+        shard, tokens, eos_tokens = self.manifest.shards[index], self.shard(index), 0
+        self._verify_digest(shard["name"], tokens, shard["sha256"])
+        for block in np.array_split(tokens, max(1, tokens.nbytes // READ_BYTES)):
+            if int(block.max()) >= self.manifest.vocab_size:
+                raise StreamError(f"{self._named(shard['name'])}: a token outside the vocabulary")
+            eos_tokens += int(np.count_nonzero(block == self.manifest.eos_id))
+        return eos_tokens
+
+    def _verify_documents(self, eos_tokens: int) -> None:
+        """Check the documents' totals against the manifest and the EOS tokens found in the shards."""
+        documents, manifest = self.documents, self.manifest
+        self._verify_digest("documents.npy", documents, manifest.documents_sha256)
+        totals = documents[-1].tolist() if len(documents) else [0, 0, 0]
+        if totals != [manifest.tokens, manifest.text_bytes, manifest.words]:
+            raise StreamError(f"{self.directory}/documents.npy: its totals {totals} are not those of stream.json")
+        if eos_tokens != manifest.eos_tokens:
+            raise StreamError(f"{self.directory}: {eos_tokens} EOS tokens, expected {manifest.eos_tokens}")
+
+        records = dict(manifest.records)
+        if records.pop("read") != sum(records.values()):
+            raise StreamError(f"{self.directory}/stream.json: records read are not kept + empty + rejected")
+
+    def _verify_rejected(self) -> int:
+        """Check the list of rejected records; its bytes."""
+        path = self.directory / "rejected.jsonl"
+        if not path.is_file():
+            raise StreamError(f"{path}: is missing; copy it again or build the stream again")
+        rejected = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+        self._verify_digest("rejected.jsonl", rejected, self.manifest.rejected_sha256)
+        return len(rejected)
 
     def _verify_digest(self, name: str, array: npt.NDArray[Any], expected: str) -> None:
+        """Check the sha256 of an array's bytes, of any shape and dtype."""
         sha256 = hashlib.sha256()
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         for start in range(0, len(data), READ_BYTES):
             sha256.update(data[start : start + READ_BYTES])
         if sha256.hexdigest() != expected:
             raise StreamError(f"{self._named(name)}: its contents differ from the digest in stream.json")
-
-    def _verify_documents(self, end_of_documents: int) -> None:
-        documents = self.documents
-        self._verify_digest("documents.npy", documents, self.manifest.documents_sha256)
-        manifest = self.manifest
-        totals = documents[-1].tolist() if len(documents) else [0, 0, 0]
-        if totals != [manifest.tokens, manifest.text_bytes, manifest.words]:
-            raise StreamError(f"{self.directory}/documents.npy: its totals {totals} are not those of stream.json")
-        if end_of_documents != manifest.eos_tokens:
-            raise StreamError(f"{self.directory}: {end_of_documents} EOS tokens, expected {manifest.eos_tokens}")
-        records = dict(manifest.records)
-        if records.pop("read") != sum(records.values()):
-            raise StreamError(f"{self.directory}/stream.json: records read are not kept + empty + rejected")

@@ -1,4 +1,18 @@
-"""The manifest of a stream."""
+"""The token stream on disk: its files, its manifest, its headers.
+
+    stream.json          the manifest, written last: without it there is no stream
+    tokenizer.model      the model that made the tokens
+    shard-00000.npy ...  tokens, all documents in order, each ended by EOS; uint16, or uint32 above 65,536 pieces
+    documents.npy        int64 (documents, 3): running totals of tokens, UTF-8 bytes of the text, words
+    rejected.jsonl       if any record was rejected or repaired: {"file", "at", "reason"} a line; `at` is a byte or row
+
+An adopted stream (adopt.py) has links to another program's raw tokens instead, shard-00000.bin, without a header and
+unsigned of any width; tokenizer.model only if one was given; and 0, unknown, for all bytes and words.
+
+Everything is plain `.npy`, so ten lines of numpy read it. A file's digest is over the bytes behind its header, since
+the header holds the final count; the header is compared with the only one that dtype and count allow. The price of
+running totals: a document's own size is a difference of two rows.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +49,7 @@ class Manifest:
     words: int
     unknown_tokens: int  # always 0 with byte fallback; a foreign tokenizer may lose text
     records: Mapping[str, int]  # read = kept + empty + duplicate + rejected, each rejection under its reason
-    mended: int  # of those kept: documents with U+FFFD in place of invalid UTF-8
+    mended: int  # documents kept with U+FFFD in place of invalid UTF-8; elsewhere they are called repaired
     source: Mapping[str, Any]  # what it was built from: same source, same stream
     shards: list[dict[str, Any]]  # name, tokens, sha256
     documents_sha256: str
@@ -68,23 +82,24 @@ class Manifest:
             body = json.loads(text)
             if not isinstance(body, dict):
                 raise ValueError("no object")
-            spelled = json_digest({key: value for key, value in body.items() if key != "digest"})
+            computed = json_digest({key: value for key, value in body.items() if key != "digest"})
         except OSError as error:
             raise StreamError(f"{path}: {error.strerror}; build the stream with tools/build_stream.py") from error
         except (ValueError, RecursionError) as error:
             raise StreamError(f"{path}: not JSON ({error}); build the stream again") from error
+
         if (body.pop("format", None), body.pop("version", None)) != (FORMAT, VERSION):
             raise StreamError(f"{path}: not a stream of format {FORMAT} version {VERSION}; build it again")
         digest = body.pop("digest", None)
-        if digest != spelled:
+        if digest != computed:
             raise StreamError(f"{path}: was changed since it was written (its digest differs); build the stream again")
         if wrong := _wrong_field(body):
             raise StreamError(f"{path}: its {wrong} is not what a stream has; build the stream again")
+
+        # the digest is over values alone: other white space or order of keys, or a key given twice, would not show
         manifest = cls(**body, digest=digest)
         if manifest.to_json() != text:
-            raise StreamError(
-                f"{path}: was changed since it was written (its spelling differs); build the stream again"
-            )
+            raise StreamError(f"{path}: was changed since it was written (its layout differs); build the stream again")
         return manifest
 
 
@@ -100,8 +115,11 @@ def _wrong_field(body: Mapping[str, Any]) -> str:
         "source": lambda value: isinstance(value, dict) and _is_count(value.get("eos_tokens", 0)),
         "shards": lambda value: isinstance(value, list) and len(value) > 0 and all(map(_is_shard, value)),
     }
-    return next((repr(name) for name in {**body, **rules} if name not in body or name not in rules
-                 or not rules[name](body[name])), "")[:100]  # fmt: skip
+
+    for name in {**body, **rules}:
+        if name not in body or name not in rules or not rules[name](body[name]):
+            return repr(name)[:100]  # an unknown one may be of any length
+    return ""
 
 
 def _is_count(value: object) -> bool:
@@ -117,6 +135,16 @@ def _is_shard(value: object) -> bool:
         and _is_count(value["tokens"])
         and value["tokens"] > 0
     )
+
+
+def is_raw(name: str) -> bool:
+    """Whether a shard is another program's file of tokens without a header."""
+    return name.endswith(".bin")
+
+
+def header_bytes(name: str) -> int:
+    """Bytes before the first token of a shard."""
+    return 0 if is_raw(name) else HEADER_BYTES
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:

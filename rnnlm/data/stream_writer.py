@@ -1,4 +1,9 @@
-"""Writing a stream."""
+"""Streams written: arrays and shards block by block, then a commit.
+
+Files are written under temporary names and renamed when they are on disk, and the manifest comes last, in a directory
+that gets its name last: whatever is killed leaves no half stream behind. The price: the header of a file, which holds
+its length, is written twice.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +22,23 @@ from rnnlm.data.tokenizer import Tokenizer, token_dtype
 from rnnlm.files import fsync_directory, temporary, write_durably
 
 
-def write_array(path: Path, parts: Iterable[npt.NDArray[Any]], dtype: str, columns: tuple[int, ...] = ()) -> Any:
-    """Write arrays one behind the other as one `.npy` file that gets its name when it is on disk; (rows, sha256)."""
+def write_array(
+    path: Path, blocks: Iterable[npt.NDArray[Any]], dtype: str, columns: tuple[int, ...] = ()
+) -> tuple[int, str]:
+    """Write arrays, (rows, *columns) each, behind one another as one `.npy` file that gets its name when it is on disk.
+
+    Returns:
+        All rows, and the sha256 of the bytes behind the header.
+    """
     partial, rows, sha256 = temporary(path), 0, hashlib.sha256()
     with partial.open("wb") as file:
         file.write(bytes(HEADER_BYTES))  # until the length is known
-        for part in parts:
-            data = np.ascontiguousarray(part, dtype=dtype).reshape(-1).view(np.uint8).data
+        for block in blocks:
+            data = np.ascontiguousarray(block, dtype=dtype).reshape(-1).view(np.uint8).data
             file.write(data)  # not through a memmap: a full disk is then an error, not a SIGBUS
             sha256.update(data)
-            rows += len(part)
+            rows += len(block)
+
         file.seek(0)
         file.write(npy_header(dtype, (rows, *columns)))
         file.flush()
@@ -35,8 +47,8 @@ def write_array(path: Path, parts: Iterable[npt.NDArray[Any]], dtype: str, colum
     return rows, sha256.hexdigest()
 
 
-def write_shard(path: Path, parts: Iterable[Tokens], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Write tokens as a shard: its entry in the manifest, and how many `unknown` tokens are in it.
+def write_shard(path: Path, blocks: Iterable[Tokens], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Write tokens, (any number,) in each block, as a shard: its manifest entry, and how many are `unknown`.
 
     Raises:
         StreamError: a token outside the vocabulary (it is never wrapped into the dtype).
@@ -45,12 +57,12 @@ def write_shard(path: Path, parts: Iterable[Tokens], tokenizer: Tokenizer) -> di
 
     def checked() -> Iterator[Tokens]:
         nonlocal unknown
-        for part in parts:
-            if len(part) and not 0 <= int(part.min()) <= int(part.max()) < tokenizer.vocab_size:
-                outside = part[(part < 0) | (part >= tokenizer.vocab_size)][0]
+        for block in blocks:
+            if len(block) and not 0 <= int(block.min()) <= int(block.max()) < tokenizer.vocab_size:
+                outside = block[(block < 0) | (block >= tokenizer.vocab_size)][0]
                 raise StreamError(f"{path}: token {outside} is outside the vocabulary of {tokenizer.vocab_size}")
-            unknown += int(np.count_nonzero(part == tokenizer.unknown_id))
-            yield part
+            unknown += int(np.count_nonzero(block == tokenizer.unknown_id))
+            yield block
 
     tokens, sha256 = write_array(path, checked(), token_dtype(tokenizer.vocab_size))
     return {"name": path.name, "tokens": tokens, "sha256": sha256, "unknown": unknown}
@@ -64,9 +76,10 @@ def commit(partial: Path, directory: Path, manifest: Manifest) -> Manifest:
     """
     for leftover in partial.glob(".*"):  # of a worker that was killed
         leftover.unlink()
+
     write_durably(partial / "stream.json", manifest.to_json().encode())
-    TokenStream(partial)
+    TokenStream(partial)  # checks all sizes
     fsync_directory(partial)
     partial.rename(directory)
     fsync_directory(directory.parent)
-    return Manifest.read(directory)
+    return Manifest.read(directory)  # its digest with it

@@ -1,18 +1,10 @@
-"""Substreams: which tokens every row of every step reads, as arithmetic on the step number.
+"""Batches of substreams: read at the places that the ring says, ahead of their use, and checked before it.
 
-The stream is a ring of N tokens, cut into S contiguous substreams; a step consumes one window of `seq_len` tokens of
-each, so that hidden states carry over from step to step, and the data position *is* the step number. Here N = 60
-tokens 1..60, S = 3, seq_len = 6:
-
-            step 0             step 1             step 2             step 3
-    row 0 | 1  2  3  4  5  6 | 7  8  9 10 11 12 | 13 14 15 16 17 18 | 19 20  .  .  .  .
-    row 1 | 21 22 23 24 25 26| 27 28 29 30 31 32| 33 34 35 36 37 38 | 39 40  .  .  .  .
-    row 2 | 41 42 43 44 45 46| 47 48 49 50 51 52| 53 54 55 56 57 58 | 59 60  .  .  .  .
-
-Targets are one later on the ring: 60 is followed by 1. Dots are masked, so shapes stay the same. Every token is a
-target exactly once per epoch, whatever N, S and seq_len; the price is up to S * seq_len - 1 masked places in an
-epoch's last window. Later epochs start at a drawn offset, so that windows begin elsewhere. After a planned change of
-seq_len or S the arithmetic starts anew from an `Origin`.
+A batch is a pure function of its step. So reading ahead, by any number of threads, changes neither batches nor their
+order, there is no loader's state to save, and the first batch takes as long at step 10^9 as at step 0. And so whatever
+hands out other batches (a loader that shards them a second time, or skips those already skipped) can be found out:
+`ContinuityCheck` compares where each batch begins with where its rows ended. The price: a comparison of one token and
+one position a row and step. Tokens travel to the device as on disk, in two bytes mostly, and are widened there.
 """
 
 from __future__ import annotations
@@ -60,7 +52,7 @@ class Batch:
         tokens = self.tokens.to(device, non_blocking=True).to(torch.int64)  # (B, T + 1): a quarter of the bytes travel
         lengths = self.lengths.to(device, non_blocking=True)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        place = torch.arange(targets.shape[1], device=device)
+        place = torch.arange(targets.shape[1], device=device)  # (T,)
         return inputs, targets.masked_fill(place[None, :] >= lengths[:, None], -1)
 
 
@@ -88,11 +80,10 @@ class SubstreamDataset(IterableDataset[Batch]):
         return map(self.batch, range(self.first_step + turn, self.last_step, workers))
 
 
-class Reading:
-    """Up to where the hidden states of rows first..last-1 have read: there the next batch must begin.
+class ContinuityCheck:
+    """Checks that each batch begins where its rows ended, as the hidden states of rows first..last-1 are of this text.
 
-    A loader that deals, shards or skips what was already dealt out gives plausible losses; this tells it from positions
-    and tokens, at the cost of comparing one token a row.
+    A loader that shards batches a second time, or skips what was already skipped, gives plausible losses.
     """
 
     def __init__(self, stream: TokenStream, ring: Ring, first: int, last: int):
@@ -100,8 +91,8 @@ class Reading:
         self.ended, _ = ring.place(0, first, last)  # (rows,) ring positions
         self._follows: Tokens | None = None  # (rows,) each row's next token; None: ask the stream
 
-    def go_on(self, ended: Positions, step: int, where: Path) -> None:
-        """Take over where the rows ended before a step, (rows,), as a checkpoint says.
+    def resume_at(self, ended: Positions, step: int, where: Path) -> None:
+        """Take over where the rows ended before a step, (rows,) ring positions, as a checkpoint at `where` says.
 
         Raises:
             UserError: the step begins elsewhere.
@@ -110,12 +101,12 @@ class Reading:
         if not self.ring.is_epoch_start(step) and not np.array_equal(ended, expected):
             raise UserError(
                 f"{where}: its rows ended at {ended.tolist()}, but step {step} begins at {expected.tolist()}; "
-                "hidden states would be of other text; go on with the code that wrote it, or from another checkpoint"
+                "hidden states would be of other text; resume with the code that wrote it, or from another checkpoint"
             )
         self.ended = ended
 
     def check(self, batch: Batch, step: int) -> None:
-        """Go on to the end of a batch.
+        """Check the batch of a step, and take note of where it ends.
 
         Raises:
             RuntimeError: it is of another step, or does not begin where the rows ended.
@@ -124,6 +115,7 @@ class Reading:
             self.ended, self._follows = self.ring.place(step, self.first, self.last)[0], None
         if self._follows is None:
             self._follows = self.stream.windows(self.ended, 1)[:, 0]
+
         positions, tokens = batch.positions.numpy(), batch.tokens.numpy()
         right = np.array_equal(positions, self.ended) and np.array_equal(tokens[:, 0], self._follows)
         if batch.step != step or not right:
@@ -131,6 +123,7 @@ class Reading:
                 f"step {step}: the loader gave step {batch.step} at positions {positions.tolist()}, "
                 f"but the rows ended at {self.ended.tolist()}; hidden states would be of other text"
             )
+
         self.ended = (self.ended + batch.lengths.numpy()) % self.ring.tokens
         self._follows = tokens[:, -1]  # a row that ends before it ends the epoch
 
@@ -139,8 +132,8 @@ def loader(dataset: SubstreamDataset, threads: int, pin_memory: bool) -> Iterato
     """Batches in the order of the steps, each read ahead by one of `threads`; 0: read when asked for.
 
     Threads, not processes: numpy and the kernel read without Python's lock, and forking beside a process group's
-    threads can hang the child for ever (CPython 3.11). Never hand batches to Accelerate's `prepare`, which would deal
-    them to the ranks a second time.
+    threads can hang the child for ever (CPython 3.11). Never hand batches to Accelerate's `prepare`, which would share
+    them out to the ranks a second time.
     """
 
     def read(step: int) -> Batch:
@@ -151,6 +144,7 @@ def loader(dataset: SubstreamDataset, threads: int, pin_memory: bool) -> Iterato
     if not threads:
         yield from map(read, steps)
         return
+
     with ThreadPoolExecutor(threads, "prefetch") as pool:
         waiting = deque(pool.submit(read, step) for step in islice(steps, READ_AHEAD * threads))
         while waiting:

@@ -1,4 +1,10 @@
-"""The tokenizer: load a SentencePiece model, encode and decode."""
+"""The tokenizer: load a SentencePiece model, encode and decode.
+
+SentencePiece's own library does the work, so any model of its format serves, also one trained elsewhere. Every document
+ends with the EOS token, which also stands before the first document, so a model without an EOS is refused. Tokens that
+are drawn one at a time are decoded as they come: `StreamDecoder` holds back the bytes of a character that is not whole.
+The price: it repeats in Python what SentencePiece does for a whole text, which a test compares.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +26,7 @@ class Tokenizer:
     """A SentencePiece model. `digest` (sha256 of its bytes) ties streams, checkpoints and runs to it."""
 
     def __init__(self, model: bytes, name: str = "tokenizer"):
-        """Load a serialised model; `name` is what errors call it.
+        """Load a serialized model; `name` is what errors call it.
 
         Raises:
             UserError: not a SentencePiece model, or one without an end-of-sentence piece.
@@ -36,10 +42,12 @@ class Tokenizer:
             first = self.encode("a")[:1]
         except (RuntimeError, UnicodeDecodeError) as error:
             raise UserError(f"{name}: not a SentencePiece model; train one with tools/train_tokenizer.py") from error
+
         if self.eos_id < 0:
             raise UserError(f"{name}: has no EOS piece; train it with --eos_id, or use tools/train_tokenizer.py")
         if not first:
             raise UserError(f"{name}: makes nothing of a text; train another with tools/train_tokenizer.py")
+        # whether a text is encoded as if a space stood before it, which a decoder takes away again
         self._dummy_prefix = self.piece(first[0]).startswith(META)
 
     @classmethod
@@ -51,12 +59,13 @@ class Tokenizer:
         """
         try:
             size = Path(path).stat().st_size
-            usable = Path(path).is_file() and size <= MODEL_BYTES  # to open a pipe would wait for its writer
+            usable = Path(path).is_file() and size <= MODEL_BYTES  # opening a pipe would wait for its writer
             model = Path(path).read_bytes() if usable else b""
         except OSError as error:
             raise UserError(
                 f"tokenizer.model={path}: {error.strerror}; train one with tools/train_tokenizer.py"
             ) from error
+
         if not model:
             raise UserError(f"{path}: {size} bytes are no SentencePiece model; train one with tools/train_tokenizer.py")
         if digest and hashlib.sha256(model).hexdigest() != digest:
@@ -81,7 +90,7 @@ class Tokenizer:
         return normalized
 
     def piece(self, token: int) -> str:
-        """The piece of an id as the model spells it: spaces as U+2581, bytes as <0x0A>."""
+        """The piece of an id as the model writes it: spaces as U+2581, bytes as <0x0A>."""
         piece: str = self._processor.id_to_piece(token)
         return piece
 
@@ -102,7 +111,8 @@ class Tokenizer:
         """A decoder of ids that come one at a time after those of `context`."""
         return StreamDecoder(self, at_start=self._dummy_prefix and all(i == self.eos_id for i in context))
 
-    def _piece_bytes(self, token: int) -> bytes:
+    def piece_bytes(self, token: int) -> bytes:
+        """The bytes that a token adds to a text, perhaps a part of a character."""
         if self._processor.is_control(token):
             return b""
         piece = self.piece(token)
@@ -123,9 +133,9 @@ class StreamDecoder:
 
     def push(self, token: int) -> str:
         """The text that is certain once `token` has come."""
-        data = self._tokenizer._piece_bytes(token)
+        data = self._tokenizer.piece_bytes(token)
         if self._at_start and data:
-            if self._tokenizer.piece(token).startswith(META):  # a space spelt as a byte stays
+            if self._tokenizer.piece(token).startswith(META):  # a space written as a byte stays
                 data = data[1:]
             self._at_start = not data
         return self._utf8.decode(data)

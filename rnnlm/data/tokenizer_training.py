@@ -1,8 +1,8 @@
-"""The tokenizer: train a SentencePiece model on a bounded sample, load one, encode and decode.
+"""Training a tokenizer: a SentencePiece model from a bounded sample of the corpus.
 
-SentencePiece with byte fallback: no text is ever unknown. Every document ends with the EOS token, which also stands
-before the first document, so the model needs an EOS. The sample is chosen by a keyed hash of the text: bounded in
-memory, the same for any order or split of the files. The price: the whole corpus is read once to choose it.
+Byte fallback is always on, so no text is ever unknown. The sample is chosen by a keyed hash of the text: bounded in
+memory, and the same for any order or split of the files. The price: the whole corpus is read once to choose it, while
+SentencePiece needs the sample alone. Some documents are held back to measure bytes per token on text it has not seen.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import chain
 
 import sentencepiece
 
@@ -23,12 +24,12 @@ from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
 from rnnlm.hashing import fraction_of
 
-PIECE_CHARACTERS = 16384  # longer documents enter the sample in pieces, so that none fills it alone
+EXCERPT_CHARACTERS = 16384  # longer documents enter the sample as several excerpts, so that none fills it alone
 HELD_BACK_BYTES = 2**20  # enough for bytes per token to three digits
 
 
 class Sample:
-    """The documents with the smallest keyed hashes that fit into `max_bytes`, whatever order they come in."""
+    """The excerpts with the smallest keyed hashes that fit into `max_bytes`, whatever order they come in."""
 
     def __init__(self, max_bytes: int, seed: int):
         self.max_bytes = max_bytes
@@ -38,24 +39,25 @@ class Sample:
         self._limit = 1.0  # a text with a larger hash has no chance any more
 
     def add(self, text: str) -> None:
-        """Offer a document; long ones are cut into pieces after white space where there is any."""
+        """Offer a document; a long one is cut into excerpts, after white space where there is any."""
         start = 0
         while start < len(text):
-            end = start + PIECE_CHARACTERS
+            end = start + EXCERPT_CHARACTERS
             if end < len(text):
                 space = max(text.rfind(" ", start, end), text.rfind("\n", start, end))
                 end = space + 1 if space > start else end
-            self._add_piece(text[start:end])
+            self._add_excerpt(text[start:end])
             start = end
 
-    def _add_piece(self, piece: str) -> None:
-        data = piece.encode()
+    def _add_excerpt(self, text: str) -> None:
+        data = text.encode()
         size = len(data)
         self.seen_bytes += size
         rank = fraction_of(data, self._seed)
         if rank >= self._limit:
             return
-        heapq.heappush(self._heap, (-rank, piece))
+
+        heapq.heappush(self._heap, (-rank, text))
         self.kept_bytes += size
         while self.kept_bytes > self.max_bytes:
             rank, dropped = heapq.heappop(self._heap)
@@ -75,6 +77,7 @@ def train(texts: list[str], config: TokenizerConfig) -> Tokenizer:
     """
     if not texts:
         raise UserError("corpus.train: no text in it that fits into tokenizer.sample_bytes; give a corpus with text")
+
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -97,7 +100,7 @@ def train(texts: list[str], config: TokenizerConfig) -> Tokenizer:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(_training_fault(str(error), config.vocab_size)) from error
+        raise UserError(_training_error(str(error), config.vocab_size)) from error
     return Tokenizer(model.getvalue())
 
 
@@ -110,22 +113,10 @@ def train_on_corpus(config: Config, progress: Callable[[int], None]) -> tuple[To
     Raises:
         UserError: as in `train`, or a corpus that cannot be read.
     """
-    sample = Sample(config.tokenizer.sample_bytes, config.tokenizer.seed)
-    held_back = Sample(HELD_BACK_BYTES, config.tokenizer.seed)
-    share = max(config.stream.valid_fraction, 0.01)
-    for job in jobs("train", sources(config.corpus.train, "corpus.train"), config.corpus, 1):
-        for _, items in read(job, config.corpus):
-            for item in items:
-                if isinstance(item, Document):
-                    held = fraction_of(item.data, config.stream.split_seed) < share
-                    (held_back if held else sample).add(item.data.decode())
-                elif isinstance(item, LongDocument):
-                    with suppress(BadRecordError):
-                        for part in item.parts:
-                            sample.add(part.decode())
-        progress(job.bytes(config.corpus))
+    sample, held_back = _sample_corpus(config, progress)
     # a corpus of a few documents may be held back whole
     tokenizer = train(sample.texts() or held_back.texts(), config.tokenizer)
+
     figures = {
         "corpus_bytes": sample.seen_bytes + held_back.seen_bytes,
         "sample_bytes": sample.kept_bytes,
@@ -135,7 +126,26 @@ def train_on_corpus(config: Config, progress: Callable[[int], None]) -> tuple[To
     return tokenizer, figures
 
 
-def _training_fault(message: str, vocab_size: int) -> str:
+def _sample_corpus(config: Config, progress: Callable[[int], None]) -> tuple[Sample, Sample]:
+    """What a tokenizer is trained on, and what is held back: the documents that the split gives to valid."""
+    sample = Sample(config.tokenizer.sample_bytes, config.tokenizer.seed)
+    held_back = Sample(HELD_BACK_BYTES, config.tokenizer.seed)
+    share = max(config.stream.valid_fraction, 0.01)
+    for job in jobs("train", sources(config.corpus.train, "corpus.train"), config.corpus, 1):
+        for item in chain.from_iterable(items for _, items in read(job, config.corpus)):
+            if isinstance(item, Document):
+                held = fraction_of(item.data, config.stream.split_seed) < share
+                (held_back if held else sample).add(item.data.decode())
+            elif isinstance(item, LongDocument):
+                with suppress(BadRecordError):  # what came before is text all the same
+                    for part in item.parts:
+                        sample.add(part.decode())
+        progress(job.bytes(config.corpus))
+    return sample, held_back
+
+
+def _training_error(message: str, vocab_size: int) -> str:
+    """SentencePiece's error, with what the text allows."""
     if found := re.search(r"Please set it to a value <= (\d+)", message):
         way_out = f"use at most {found[1]}, or give more text"
         return f"tokenizer.vocab_size={vocab_size}: larger than this text allows; {way_out}"

@@ -15,8 +15,7 @@ from contextlib import closing
 import torch
 
 from rnnlm.config import Config, as_list
-from rnnlm.data.substreams import Batch, SubstreamDataset, loader
-from rnnlm.data.substreams import Reading as ContinuityCheck
+from rnnlm.data.substreams import Batch, ContinuityCheck, SubstreamDataset, loader
 from rnnlm.model.evaluate import exp
 from rnnlm.model.generate import continuations
 from rnnlm.train.distributed import Accelerator, AnyRank, all_gather_object, launched, on_this_rank, run_on_main
@@ -216,7 +215,7 @@ class Trainer:
         with on_this_rank():
             ended = self.train_step.restore(found, state, self.run.same_rows)
             if ended is not None:
-                self.continuity.go_on(ended.numpy(), state.step, found.path)
+                self.continuity.resume_at(ended.numpy(), state.step, found.path)
 
     def _open_metrics(self) -> SilentMetrics:
         """Report what starts here, and with which processes."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import RunScript, TrainHere, records, results
+from conftest import Door, TrainHere, records, results
+from foreign import CODES, ENDS, MARKS, SEQUENCES, TOKENS, plain, write_megatron, write_raw
 
 from rnnlm.config import Config, EvalConfig, ModelConfig, RunConfig, StreamConfig
 from rnnlm.data.adopt import adopt
@@ -24,34 +24,6 @@ from rnnlm.errors import UserError
 from rnnlm.model.evaluate import evaluate
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.train.run import open_streams
-
-CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
-SEQUENCES = [[5, 9, 1], [7], [8, 1], [], [9, 9, 9, 9], [3, 1], [4, 6]]  # EOS is 1
-TOKENS = [token for sequence in SEQUENCES for token in sequence]
-MARKS = [0, 1, 3, 5, 6, 7]  # five documents: two of two sequences, two that end without EOS
-ENDS = [3, 6, 10, 12, 14]
-
-
-def write_raw(path: Path, tokens: list[int] | npt.NDArray[Any], dtype: str = "uint16") -> Path:
-    path.write_bytes(np.asarray(tokens).astype(np.dtype(dtype).newbyteorder("<")).tobytes())
-    return path
-
-
-def write_megatron(
-    path: Path, sequences: list[list[int]], marks: list[int], dtype: str = "int32", gap: int = 0
-) -> Path:
-    """A .bin and its .idx, as Megatron-LM writes them; `gap` bytes before the second sequence."""
-    width = np.dtype(dtype).itemsize
-    lengths = [len(sequence) for sequence in sequences]
-    begins = [width * sum(lengths[:index]) + (gap if index else 0) for index in range(len(sequences))]
-    write_raw(path.with_suffix(".bin"), [token for sequence in sequences for token in sequence], dtype)
-    path.write_bytes(
-        b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", CODES[dtype])
-        + struct.pack("<QQ", len(sequences), len(marks))
-        + struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(begins)}q", *begins)
-        + struct.pack(f"<{len(marks)}q", *marks)
-    )  # fmt: skip
-    return path
 
 
 def assert_ring(stream: TokenStream, tokens: npt.NDArray[Any]) -> None:
@@ -228,19 +200,22 @@ def test_a_killed_adoption_is_done_again_and_a_finished_one_is_kept(tmp_path: Pa
         adopt(path, tmp_path / "s", 10, 1, "uint16")
 
 
-def test_a_file_that_changes_afterwards_is_refused_by_its_own_name(tmp_path: Path, run_script: RunScript) -> None:
+def test_a_file_that_changes_afterwards_is_refused_by_its_own_name(tmp_path: Path, run_door: Door) -> None:
     path = write_raw(tmp_path / "t.bin", [5, 7, 1])
     adopt(path, tmp_path / "s", 10, 1, "uint16")
-    assert run_script("tools/verify_stream.py", "s").stdout.startswith("s: right; 3 tokens, 1 documents")
+    assert run_door("tools/verify_stream.py", "s").stdout.startswith("s: right; 3 tokens, 1 documents")
+
     write_raw(path, [5, 8, 1])
-    done = run_script("tools/verify_stream.py", "s")
+    done = run_door("tools/verify_stream.py", "s")
     assert (done.returncode, done.stderr) == (
         2,
         f"error: s/shard-00000.bin -> {path}: its contents differ from the digest in stream.json\n",
     )
+
     write_raw(path, [5, 7, 1, 1])
     with pytest.raises(StreamError, match=rf"-> {path}: has 8 bytes, expected 6 bytes; .* adopt the stream again"):
         TokenStream(tmp_path / "s")
+
     path.unlink()
     with pytest.raises(StreamError, match=rf"-> {path}: is missing, expected 6 bytes; .* adopt the stream again"):
         TokenStream(tmp_path / "s")
@@ -254,6 +229,7 @@ def test_a_stream_without_a_tokenizer_says_so_and_takes_none_later(tmp_path: Pat
     (tmp_path / "s/tokenizer.model").write_bytes(tokenizer.model)
     with pytest.raises(StreamError, match="no part of the stream: tokenizer.model"):
         list(TokenStream(tmp_path / "s").verify())
+
     with pytest.raises(UserError, match="the tokenizer's are 300 and 1; give these"):
         adopt(path, tmp_path / "t", 299, 1, "uint16", tokenizer)
     adopt(path, tmp_path / "t", 300, 1, "uint16", tokenizer)
@@ -283,13 +259,9 @@ def test_streams_of_two_vocabularies_do_not_go_together(tmp_path: Path) -> None:
         open_streams(config)
 
 
-def plain(stream: TokenStream) -> npt.NDArray[Any]:
-    return stream.windows(np.array([0]), len(stream))[0]
-
-
 @pytest.mark.slow
 def test_a_run_on_adopted_tokens_is_the_run_on_the_same_stream_but_for_its_text(
-    streams: Path, experiment: Path, tmp_path: Path, run_script: RunScript
+    streams: Path, experiment: Path, tmp_path: Path, run_door: Door
 ) -> None:
     """Trained on the tokens of the built streams, adopted as int32 and as uint16: the same losses to the bit."""
     tokens = {name: plain(TokenStream(streams / name)) for name in ("train", "valid")}
@@ -297,13 +269,13 @@ def test_a_run_on_adopted_tokens_is_the_run_on_the_same_stream_but_for_its_text(
     write_megatron(tmp_path / "train.idx", [train[:5000].tolist(), train[5000:].tolist()], [0, 1, 2])
     write_raw(tmp_path / "valid.bin", tokens["valid"])
     for name, *options in (("train.idx",), ("valid.bin", "--dtype=uint16")):
-        done = run_script("tools/adopt_stream.py", name, f"mine/{Path(name).stem}", *options, *vocabulary)
+        done = run_door("tools/adopt_stream.py", name, f"mine/{Path(name).stem}", *options, *vocabulary)
         assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"mine/valid: {len(tokens['valid']):,} tokens of uint16 in {tmp_path}/valid.bin, ")
 
     short = (f"--config={experiment}", "--train.max_steps=4", "--run.save_every_steps=2")
-    assert run_script("launch/train.py", *short, "--run.directory=theirs").returncode == 0
-    done = run_script("launch/train.py", *short, "--stream.directory=mine", "--run.directory=r", "--stream.verify=true")
+    assert run_door("launch/train.py", *short, "--run.directory=theirs").returncode == 0
+    done = run_door("launch/train.py", *short, "--stream.directory=mine", "--run.directory=r", "--stream.verify=true")
     assert done.returncode == 0, done.stderr
     assert results(tmp_path / "r") == results(tmp_path / "theirs")
     assert "samples.md" not in done.stdout and "bits/byte" not in done.stderr
@@ -312,13 +284,14 @@ def test_a_run_on_adopted_tokens_is_the_run_on_the_same_stream_but_for_its_text(
         "config.yaml", "checkpoints", "metrics.jsonl", "curves.png",
     }  # fmt: skip
 
-    longer = run_script(
+    longer = run_door(
         "launch/train.py", *short[:1], "--stream.directory=mine", "--run.directory=r", "--train.max_steps=5"
     )
     assert longer.returncode == 0 and "resuming from step 4 of 5" in longer.stderr, longer.stderr
-    done = run_script("launch/eval.py", "--run.directory=r")
+    done = run_door("launch/eval.py", "--run.directory=r")
     figures = json.loads(done.stdout)
     assert figures["nats"] > 0 and figures["word_perplexity"] is figures["bits_per_byte"] is figures["words"] is None
+
     for script, options, message in (
         (
             "launch/generate.py",
@@ -332,72 +305,25 @@ def test_a_run_on_adopted_tokens_is_the_run_on_the_same_stream_but_for_its_text(
             "adopt it with theirs/tokenizer.model",
         ),
     ):
-        done = run_script(script, *options)
+        done = run_door(script, *options)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
         assert re.match(f"error: .*{message}", done.stderr), done.stderr
-    run_script("tools/adopt_stream.py", "valid.bin", "wider/valid", "--dtype=uint16", "--vocab-size=301", "--eos-id=1")
-    done = run_script("launch/eval.py", "--run.directory=r", "--stream.directory=wider")
+
+    run_door("tools/adopt_stream.py", "valid.bin", "wider/valid", "--dtype=uint16", "--vocab-size=301", "--eos-id=1")
+    done = run_door("launch/eval.py", "--run.directory=r", "--stream.directory=wider")
     assert done.returncode == 2
     assert "wider/valid: has a vocabulary of 301, the run's model one of 300; adopt the stream with" in done.stderr
 
 
 def test_a_run_on_tokens_adopted_with_their_tokenizer_writes_samples(
-    streams: Path, experiment: Path, tmp_path: Path, run_script: RunScript, train_here: TrainHere
+    streams: Path, experiment: Path, tmp_path: Path, run_door: Door, train_here: TrainHere
 ) -> None:
     write_raw(tmp_path / "train.bin", plain(TokenStream(streams / "train")))
     model = f"--tokenizer={streams}/train/tokenizer.model"
-    assert run_script("tools/adopt_stream.py", "train.bin", "mine/train", "--dtype=uint16", model).returncode == 0
+    assert run_door("tools/adopt_stream.py", "train.bin", "mine/train", "--dtype=uint16", model).returncode == 0
     short = (f"--config={experiment}", "--train.max_steps=2", "--stream.directory=mine", "--run.directory=r")
     assert train_here(*short).returncode == 0
-    done = run_script("launch/generate.py", "--run.directory=r", "--generate.prompts=anna sees")
+    done = run_door("launch/generate.py", "--run.directory=r", "--generate.prompts=anna sees")
     assert done.returncode == 0 and done.stdout.startswith("anna sees"), done.stderr
-    done = run_script("tools/adopt_stream.py", "train.bin", "other", "--dtype=uint16", "--vocab-size=300")
+    done = run_door("tools/adopt_stream.py", "train.bin", "other", "--dtype=uint16", "--vocab-size=300")
     assert done.stderr == "error: --vocab-size and --eos-id: both are needed where no --tokenizer tells them\n"
-
-
-def shown(text: str) -> dict[str, list[str]]:
-    """The words of each line of a report, by its first one."""
-    return {line.split()[0]: line.split()[1:] for line in text.splitlines()}
-
-
-def test_inspection_of_a_built_stream_tells_what_numpy_tells(streams: Path, run_script: RunScript) -> None:
-    done = run_script("tools/inspect_stream.py", streams / "train", "--pieces", "3")
-    assert done.returncode == 0, done.stderr
-    stream, lines = TokenStream(streams / "train"), done.stdout.splitlines()
-    tokens, manifest = plain(stream), stream.manifest
-    size = sum(path.stat().st_size for path in (streams / "train").iterdir())
-    assert lines[0] == f"{streams}/train: {size:,} bytes on disk, 2 shard(s) of <u2"
-    assert f"  {manifest.documents:,} documents, {manifest.tokens:,} tokens" in lines
-    each = manifest.text_bytes / manifest.tokens
-    assert f"  {manifest.text_bytes:,} bytes of text, {each:.3f} per token; {manifest.words:,} words" in lines
-    ids, counts = np.unique(tokens, return_counts=True)
-    top, rows = ids[np.argsort(-counts, kind="stable")][:3], shown(done.stdout)
-    assert f"{len(ids)} of 300 ids occur; the most frequent:" in lines
-    for token in top.tolist():
-        count = int((tokens == token).sum())
-        piece = repr(stream.tokenizer().piece(token))
-        assert rows[str(token)] == [f"{count:,}", f"{count / len(tokens):.2%}", piece]
-    lengths = np.diff(stream.documents[:, 0], prepend=0)
-    middle = np.sort(lengths)[(len(lengths) - 1) // 2]
-    assert f"documents by length in tokens: median {middle}, longest {lengths.max()}" in lines
-    bars = [line.split() for line in lines if re.search(r"\d #+$", line)]
-    assert sum(int(bar[-2]) for bar in bars) == manifest.documents
-    for bar in bars:
-        low, high = int(bar[0]), int(bar[2] if bar[1] == "-" else bar[0])
-        assert int(bar[-2]) == ((lengths >= low) & (lengths <= high)).sum()
-    assert max(len(bar[-1]) for bar in bars) == 40
-
-
-def test_inspection_of_an_adopted_stream_shows_ids(tmp_path: Path, run_script: RunScript) -> None:
-    adopt(write_megatron(tmp_path / "t.idx", SEQUENCES, MARKS, "int64"), tmp_path / "s", 10, 1)
-    done = run_script("tools/inspect_stream.py", "s")
-    assert done.returncode == 0, done.stderr
-    lines, rows = done.stdout.splitlines(), shown(done.stdout)
-    assert lines[1] == f"  shard-00000.bin is a link to {tmp_path}/t.bin"
-    assert "  bytes and words of the text: unknown" in lines
-    assert (rows["9"], rows["1"]) == (["5", "35.71%"], ["3", "21.43%", "EOS"])
-    assert lines[-3:] == [
-        "documents by length in tokens: median 3, longest 4",
-        f"  {'2 - 3':>23} {4:>13} {'#' * 40}",
-        f"  {'4 - 7':>23} {1:>13} {'#' * 10}",
-    ]

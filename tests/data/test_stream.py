@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -91,6 +92,7 @@ def test_fault_21_22_any_damage_is_refused_naming_the_file(
 ) -> None:
     broken = tmp_path / "train"
     shutil.copytree(streams / "train", broken)
+
     path = broken / name
     data = bytearray(path.read_bytes())
     if fault == "flipped":
@@ -104,6 +106,7 @@ def test_fault_21_22_any_damage_is_refused_naming_the_file(
     path.write_bytes(data)
     if fault == "removed":
         path.unlink()
+
     with pytest.raises(ValueError, match=name):
         for _ in TokenStream(broken).verify():
             pass
@@ -112,10 +115,12 @@ def test_fault_21_22_any_damage_is_refused_naming_the_file(
 def test_swapped_shards_foreign_files_and_foreign_tokenizers(streams: Path, tmp_path: Path) -> None:
     broken = tmp_path / "train"
     shutil.copytree(streams / "train", broken)
+
     (broken / "shard-00002.npy").write_bytes(b"x")
     with pytest.raises(StreamError, match="no part of the stream: shard-00002.npy"):
         list(TokenStream(broken).verify())
     (broken / "shard-00002.npy").unlink()
+
     for first, second in (("shard-00000.npy", "shard-00001.npy"), ("tokenizer.model", "documents.npy")):
         saved = (broken / first).read_bytes(), (broken / second).read_bytes()
         (broken / first).write_bytes(saved[1])
@@ -124,6 +129,7 @@ def test_swapped_shards_foreign_files_and_foreign_tokenizers(streams: Path, tmp_
             list(TokenStream(broken).verify())
         (broken / first).write_bytes(saved[0])
         (broken / second).write_bytes(saved[1])
+
     assert list(TokenStream(broken).verify())
 
 
@@ -165,60 +171,75 @@ def test_fault_23_a_shard_removed_while_mapped_stays_and_a_later_one_is_named(st
         stream.windows(np.array([len(expected) - 1]), 2)
 
 
+FAULTS = ["flip", "cut", "zeroes", "swap", "rename", "missing", "extra", "foreign", "dtype"]
+
+
+def fault_of(
+    kind: str, name: str, draw: random.Random, whole: dict[str, bytes], other: dict[str, bytes]
+) -> tuple[dict[str, bytes | None], str]:
+    """What a fault changes, by file (None: it is gone), and the file that the error must name.
+
+    `whole` and `other` are what is in two streams.
+    """
+    expected, data = name, bytearray(whole[name])
+    if kind == "flip":
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    elif kind == "cut":
+        del data[draw.randrange(len(data)) :]
+    elif kind == "zeroes":
+        size = draw.randint(1, min(len(data), 4096))
+        data[-size:] = bytes(size)
+
+    elif kind == "swap":
+        second = draw.choice(sorted(whole))
+        return {name: whole[second], second: whole[name]}, f"{name}|{second}"
+    elif kind == "rename":
+        return {name: None, "shard-00009.npy": whole[name]}, f"{name}|shard-00009.npy"
+    elif kind == "missing":
+        return {name: None}, name
+    elif kind == "extra":
+        added = draw.choice(["shard-00002.npy", "notes.txt", ".hidden"])
+        return {added: b"x"}, added
+
+    elif kind == "foreign" and name in other:
+        data = bytearray(other[name])
+        expected = "documents.npy" if name == "stream.json" else name  # a right manifest of other files
+    elif kind == "dtype" and name.startswith("shard"):
+        wide = io.BytesIO()
+        np.save(wide, np.load(io.BytesIO(data)).astype(np.uint32))
+        data = bytearray(wide.getvalue())
+    return {name: bytes(data)}, expected
+
+
 def test_a_thousand_random_faults_are_refused_naming_the_file(streams: Path, tmp_path: Path) -> None:
     """Any one flipped bit, cut, zeroed tail, swap, renaming, loss, extra file, foreign file or stale manifest."""
-    whole = tmp_path / "train"
-    shutil.copytree(streams / "train", whole)
-    contents = {path.name: path.read_bytes() for path in whole.iterdir()}
-    others = {path.name: path.read_bytes() for path in (streams / "valid").iterdir()}
-    others["tokenizer.model"] = contents["tokenizer.model"][:-1]
-    names, draw = sorted(contents), random.Random(7)
-    kinds = ["flip", "cut", "zeroes", "swap", "rename", "missing", "extra", "foreign", "dtype"]
-    refused: Counter[str] = Counter()
+    directory = tmp_path / "train"
+    shutil.copytree(streams / "train", directory)
+    whole = {path.name: path.read_bytes() for path in directory.iterdir()}
+    other = {path.name: path.read_bytes() for path in (streams / "valid").iterdir()}
+    other["tokenizer.model"] = whole["tokenizer.model"][:-1]
+    draw, refused = random.Random(7), Counter[str]()
+
+    def write(contents: dict[str, bytes | None]) -> None:
+        for name, data in contents.items():
+            (directory / name).unlink(missing_ok=True)
+            if data is not None:
+                (directory / name).write_bytes(data)
+
     while refused.total() < 1000:
-        kind = draw.choice([*kinds, "flip", "flip"])
-        name = draw.choice(names)
-        expected = name
-        data = bytearray(contents[name])
-        if kind == "flip":
-            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-        elif kind == "cut":
-            del data[draw.randrange(len(data)) :]
-        elif kind == "zeroes":
-            size = draw.randint(1, min(len(data), 4096))
-            data[-size:] = bytes(size)
-        elif kind == "foreign" and name in others:
-            data = bytearray(others[name])
-            expected = "documents.npy" if name == "stream.json" else name  # a right manifest of other files
-        elif kind == "dtype" and name.startswith("shard"):
-            np.save(tmp_path / "wide.npy", np.load(whole / name).astype(np.uint32))
-            data = bytearray((tmp_path / "wide.npy").read_bytes())
-        changed = {name: bytes(data)}
-        if kind in ("swap", "rename"):
-            other = draw.choice(names) if kind == "swap" else "shard-00009.npy"
-            changed = {name: contents.get(other, b""), other: contents[name]}
-            expected = f"{name}|{other}"
-        elif kind == "extra":
-            expected = f"{draw.choice(['shard-00002.npy', 'notes.txt', '.hidden'])}"
-            changed = {expected: b"x"}
-        if kind != "missing" and all(contents.get(each) == value for each, value in changed.items()):
+        kind = draw.choice([*FAULTS, "flip", "flip"])
+        changed, expected = fault_of(kind, draw.choice(sorted(whole)), draw, whole, other)
+        if all(whole.get(name) == data for name, data in changed.items()):
             continue
-        for each, value in changed.items():
-            (whole / each).write_bytes(value)
-        if kind in ("missing", "rename"):
-            (whole / name).unlink()
+
+        write(changed)
         with pytest.raises(ValueError, match=expected):
-            for _ in TokenStream(whole).verify():
+            for _ in TokenStream(directory).verify():
                 pass
         refused[kind] += 1
-        for each in changed:
-            (whole / each).unlink(missing_ok=True)
-            if each in contents:
-                (whole / each).write_bytes(contents[each])
-        if kind == "missing":
-            (whole / name).write_bytes(contents[name])
-    assert set(refused) == set(kinds)
-    assert list(TokenStream(whole).verify())
+        write({name: whole.get(name) for name in changed})
+    assert set(refused) == set(FAULTS)
+    assert list(TokenStream(directory).verify())
 
 
 @pytest.mark.parametrize("name", ["stream.json", "tokenizer.model", "shard-00000.npy", "documents.npy"])

@@ -56,7 +56,7 @@ def test_streaming_any_ids_a_model_may_draw(ids: list[int]) -> None:
 def test_incomplete_characters_are_held_back() -> None:
     decoder = EXACT.decoder()
     ids = EXACT.encode("é🎉")
-    assert len(ids) == 6, "spelt in bytes"
+    assert len(ids) == 6, "written as bytes"
     assert [decoder.push(token) for token in ids] == ["", "é", "", "", "", "🎉"]
     cut = EXACT.decoder()
     assert cut.push(ids[0]) == ""
@@ -87,6 +87,7 @@ def test_foreign_models(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path / "x.model")
     with pytest.raises(UserError, match="not a SentencePiece model"):
         Tokenizer(b"nonsense")
+
     out = io.BytesIO()
     options = {"sentence_iterator": iter(TEXTS), "model_writer": out, "vocab_size": 60, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(**options, model_type="bpe")  # no byte fallback, its own ids
@@ -94,6 +95,7 @@ def test_foreign_models(tmp_path: Path) -> None:
     ids = theirs.encode("anna sees Q")
     decoder = theirs.decoder()
     assert "".join(map(decoder.push, ids)) + decoder.finish() == theirs.decode(ids) == "anna sees  ⁇ "
+
     out = io.BytesIO()
     options = {"sentence_iterator": iter(TEXTS), "model_writer": out, "vocab_size": 60, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(**options, model_type="bpe", eos_id=-1)
@@ -114,7 +116,7 @@ def test_sample_is_bounded_and_ignores_order() -> None:
     assert samples[0].seen_bytes == sum(len(text.encode()) for text in texts)
 
 
-def test_long_documents_enter_the_sample_whole_in_pieces() -> None:
+def test_long_documents_enter_the_sample_whole_in_excerpts() -> None:
     sample = Sample(10**6, 0)
     text = " ".join(f"word{i}" for i in range(20_000)) + "x" * 50_000
     sample.add(text)
