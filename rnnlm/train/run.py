@@ -28,7 +28,7 @@ from rnnlm.data.ring import Origin, Ring
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
-from rnnlm.files import write_whole
+from rnnlm.files import write_file
 from rnnlm.hashing import json_digest
 from rnnlm.train.state import check_state
 
@@ -166,7 +166,7 @@ def claim(config: Config, stream: TokenStream, tokenizer: Tokenizer | None) -> C
     files = {"tokenizer.model": tokenizer.model} if tokenizer else {}
     files["config.yaml"] = dump_yaml(config, TRAINING_SECTIONS).encode()
     for name, data in files.items():
-        write_whole(directory / name, data, alone=True)
+        write_file(directory / name, data, alone=True)
     return Claim(str(found.path) if found else None, origin, changed)
 
 
@@ -200,7 +200,7 @@ def _origin(config: Config, state: Mapping[str, Any], stream: TokenStream, chang
 def mark(directory: Path, signal_name: str, step: int, saved_step: int) -> None:
     """Say in the run that it was pre-empted and is to be started again."""
     text = json.dumps({"signal": signal_name, "step": step, "saved_step": saved_step})
-    write_whole(directory / MARKER, text.encode(), alone=True)
+    write_file(directory / MARKER, text.encode(), alone=True)
 
 
 def state_of(config: Config, stream: TokenStream, ring: Ring, device: torch.device) -> dict[str, Any]:
