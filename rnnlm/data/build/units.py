@@ -30,7 +30,7 @@ from rnnlm import files
 from rnnlm.config import Config
 from rnnlm.data.documents import BadRecordError, Document, Item, LongDocument, Rejected
 from rnnlm.data.encoder import Encoder
-from rnnlm.hashing import fraction, fraction_of, hashing
+from rnnlm.hashing import fraction, fraction_of, keyed_hash
 
 TOKENS, BYTES, WORDS, TO_VALID, HASH = range(5)  # columns of rows; HASH and the next one with deduplication
 BATCH_BYTES = 2**20  # of documents encoded at once, or
@@ -141,7 +141,7 @@ class _Writer:
 
     def _add_long(self, document: LongDocument) -> None:
         begin, sizes = self.tokens.tell(), np.zeros(3, np.int64)
-        split, whole = hashing(self.config.stream.split_seed), hashlib.blake2b(digest_size=16)
+        split, whole = keyed_hash(self.config.stream.split_seed), hashlib.blake2b(digest_size=16)
 
         def parts() -> Iterator[bytes]:
             for part in document.parts:
