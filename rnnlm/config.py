@@ -305,7 +305,7 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives and what it writes."""
+    """Where a run is and what it writes."""
 
     directory: str = knob("", changeable=True)
     """Holds configuration, checkpoints, metrics.jsonl, samples.md, curves.png; name it again to resume."""
@@ -320,7 +320,7 @@ class RunConfig:
     keep_every_steps: int = knob(0, at_least=0, changeable=True)
     """Checkpoints of steps that this divides are kept for ever; 0: none."""
     grace_seconds: float = knob(30.0, at_least=0, changeable=True)
-    """Time between the signal that ends a run and the kill; a warning tells when saving takes longer."""
+    """Time between the signal that ends a run and the kill; a warning is printed when saving takes longer."""
     timeout_minutes: float = knob(10.0, at_least=0, changeable=True)
     """A process that has done nothing for so long prints its stacks and ends the run; a checkpoint that is still being
     written is waited for six times as long. 0: never."""

@@ -1,4 +1,9 @@
-"""Durable files: nothing half-written has a final name; one writer in a directory."""
+"""Durable files: nothing half-written has a final name; one writer in a directory.
+
+Bytes go through `write`, changes of names through `rename` and `unlink`, and `sync` makes names outlive a power loss.
+Whoever needs these calls them as `files.write`, so that a test can put a fault into each in one place. The price: every
+`write` and every `sync` waits for the disk. Arrays whose length is known only at their end have writers of their own.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +33,16 @@ def write(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
 
 
 def sync(directory: Path) -> None:
-    """Wait until the names in a directory are on disk."""
-    fsync_directory(directory)
+    """Wait until the names in a directory are on disk: made, renamed and removed ones are only after this."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def rename(path: Path, target: Path) -> None:
-    """Give another name in the same directory; it is on disk after `sync` of that directory."""
+    """Give another name in the same directory, in place of what has it; it is on disk after `sync` of the directory."""
     path.rename(target)
 
 
@@ -42,31 +51,22 @@ def unlink(path: Path) -> None:
     path.unlink()
 
 
-def make_directory(path: Path) -> None:
-    """Make a directory and the missing ones above it, these durably; its own name is so after `sync` of its parent."""
-    if not path.parent.is_dir():
-        make_directory(path.parent)
-        sync(path.parent.parent)
-    path.mkdir(exist_ok=True)
+def write_file(path: Path, data: bytes, alone: bool = False) -> None:
+    """Write a file under a temporary name, and rename it when its bytes are on disk.
+
+    Its directory is not synced: after a power loss the file of before may be there again, but never half of this one.
+
+    Args:
+        alone: nobody else writes there; the temporary name is always the same, so that a kill leaves one at most.
+    """
+    partial = path.with_name(f"{path.name}.partial") if alone else temporary_path(path)
+    write(partial, [data])
+    rename(partial, path)
 
 
-def remove_tree(path: Path) -> None:
-    """Remove a directory and all in it, one name after the other; nothing happens where there is none."""
-    if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
-        return
-    for entry in sorted(path.iterdir()):
-        remove_tree(entry) if entry.is_dir() and not entry.is_symlink() else unlink(entry)
-    path.rmdir()
-
-
-def delete(path: Path) -> None:
-    """Delete a directory such that no crash leaves a part of it under its name."""
-    doomed = path.with_name(path.name + DELETED)
-    remove_tree(doomed)
-    rename(path, doomed)
-    sync(path.parent)  # else a power loss could keep the name and lose some of the files
-    remove_tree(doomed)
+def temporary_path(path: Path) -> Path:
+    """A hidden name beside `path` that no other process on any machine takes."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 def open_regular(path: Path) -> tuple[BufferedReader, int]:
@@ -83,37 +83,35 @@ def open_regular(path: Path) -> tuple[BufferedReader, int]:
     return os.fdopen(handle, "rb"), status.st_size
 
 
-def fsync_directory(path: Path) -> None:
-    """Make names in a directory durable; a rename is on disk only after this."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def make_directory(path: Path) -> None:
+    """Make a directory and the missing ones above it, these durably; its own name is so after `sync` of its parent."""
+    if not path.parent.is_dir():
+        make_directory(path.parent)
+        sync(path.parent.parent)
+    path.mkdir(exist_ok=True)
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def remove_tree(path: Path) -> None:
+    """Remove a directory and all in it, one name after the other; nothing happens where there is none."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            remove_tree(entry)
+        else:
+            unlink(entry)
+    path.rmdir()
 
 
-def write_whole(path: Path, data: bytes, alone: bool = False) -> None:
-    """Write a file under a temporary name, and give it its name when it is on disk.
-
-    Args:
-        alone: nobody else writes there; the temporary name is always the same, so that a kill leaves one at most.
-    """
-    partial = path.with_name(f"{path.name}.partial") if alone else temporary(path)
-    write_durably(partial, data)
-    partial.replace(path)
-
-
-def temporary(path: Path) -> Path:
-    """A hidden name beside `path` that no other process on any machine takes."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+def delete(path: Path) -> None:
+    """Delete a directory such that no crash leaves only some of its files under its name."""
+    doomed = path.with_name(path.name + DELETED)
+    remove_tree(doomed)
+    rename(path, doomed)
+    sync(path.parent)  # else a power loss could keep the name and lose some of the files
+    remove_tree(doomed)
 
 
 @contextmanager
@@ -123,7 +121,7 @@ def locked(directory: Path, note: Path, what: str, shared: bool = False, patienc
     Args:
         note: file that names the holder while there is one alone.
         what: "build" or "run", for the error.
-        shared: together with others who say so too.
+        shared: together with others who ask for it in the same way.
         patience_seconds: how long to wait for it: who was killed a moment ago may not be gone yet.
 
     Raises:
@@ -132,19 +130,21 @@ def locked(directory: Path, note: Path, what: str, shared: bool = False, patienc
     directory.mkdir(parents=True, exist_ok=True)
     handle = os.open(directory, os.O_RDONLY)
     try:
-        _take(directory, handle, note, what, shared, time.monotonic() + patience_seconds)
+        _lock(directory, handle, note, what, shared, time.monotonic() + patience_seconds)
         note.parent.mkdir(parents=True, exist_ok=True)
         if not shared:
             note.write_text(f"{socket.gethostname()}, process {os.getpid()}, {time.ctime()}")
+
         try:
             yield
         finally:
             note.unlink(missing_ok=True)
     finally:
-        os.close(handle)
+        os.close(handle)  # which gives the lock back, as the end of the process does
 
 
-def _take(directory: Path, handle: int, note: Path, what: str, shared: bool, until: float) -> None:
+def _lock(directory: Path, handle: int, note: Path, what: str, shared: bool, until: float) -> None:
+    """Lock an open directory, or raise when the clock of time.monotonic() is past `until`."""
     while True:
         try:
             return fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What the tests share: a small corpus, a 300-piece tokenizer, a two-shard stream, and doors run as processes."""
+"""What the tests share: a small corpus, a 300-piece tokenizer, a two-shard stream, and scripts run as processes."""
 
 from __future__ import annotations
 
@@ -88,25 +88,22 @@ def train_stream(streams: Path) -> TokenStream:
 @pytest.fixture
 def experiment(streams: Path, tmp_path: Path) -> Path:
     """A small experiment with dropout on, prefetch on, and an epoch's end inside its 20 steps."""
+    sections = {
+        "stream": {"directory": str(streams)},
+        "model": {"embedding_size": 12, "hidden_size": 16, "layers": 2, "dropout": 0.3},
+        "optim": {"learning_rate": 0.01, "schedule": "cosine", "warmup_steps": 4},
+        "train": {"global_batch_size": 16, "seq_len": 48, "epochs": 2, "max_steps": 20, "cpu_threads": 1},
+        "generate": {"prompts": ["anna sees"], "max_tokens": 8},
+        "eval": {"batch_size": 8},
+        "run": {"directory": str(tmp_path / "run"), "log_every_steps": 3, "save_every_steps": 10},
+    }
     path = tmp_path / "experiment.yaml"
-    path.write_text(
-        json.dumps(
-            {
-                "stream": {"directory": str(streams)},
-                "model": {"embedding_size": 12, "hidden_size": 16, "layers": 2, "dropout": 0.3},
-                "optim": {"learning_rate": 0.01, "schedule": "cosine", "warmup_steps": 4},
-                "train": {"global_batch_size": 16, "seq_len": 48, "epochs": 2, "max_steps": 20, "cpu_threads": 1},
-                "generate": {"prompts": ["anna sees"], "max_tokens": 8},
-                "eval": {"batch_size": 8},
-                "run": {"directory": str(tmp_path / "run"), "log_every_steps": 3, "save_every_steps": 10},
-            }
-        )
-    )
+    path.write_text(json.dumps(sections))
     return path
 
 
 def write_stream(directory: Path, tokenizer: Tokenizer, tokens: list[int], shard_tokens: int) -> None:
-    """A stream of one document with these tokens, 5 bytes and 2 words, written by the parts that a build is made of."""
+    """A stream of one document with these tokens, 5 bytes and 2 words, written by the functions that a build uses."""
     partial = directory.with_name(directory.name + ".partial")
     partial.mkdir()
     (partial / "tokenizer.model").write_bytes(tokenizer.model)
@@ -125,14 +122,14 @@ RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a door: no launcher around it, and no GPU."""
+    """The environment of a script: no launcher around it, and no GPU."""
     hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if key not in hidden and not key.startswith("ACCELERATE_")}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **extra}
 
 
 def command(script: str | Path, *arguments: str | Path, processes: int = 0) -> list[str]:
-    """The command of a door; under `accelerate launch` where processes are given."""
+    """The command of a script; under `accelerate launch` where processes are given."""
     script = ROOT / script
     launcher = [sys.executable]
     if processes:
@@ -143,7 +140,7 @@ def command(script: str | Path, *arguments: str | Path, processes: int = 0) -> l
 
 @pytest.fixture
 def run_script(tmp_path: Path) -> RunScript:
-    """Run a door to its end in a directory of its own; returns code, stdout and stderr."""
+    """Run a script to its end in a directory of its own; returns code, stdout and stderr."""
 
     def run(
         script: str | Path, *arguments: str | Path, processes: int = 0, **extra: str
@@ -176,6 +173,7 @@ def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainHere:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", command)
         out, errors = StringIO(), StringIO()
+
         try:
             with (
                 patch.dict(os.environ, environment(), clear=True),
@@ -187,6 +185,7 @@ def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainHere:
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
             torch.set_num_threads(threads)
+
         assert isinstance(ended.value.code, int)
         return subprocess.CompletedProcess(command, ended.value.code, out.getvalue(), errors.getvalue())
 
@@ -209,8 +208,8 @@ def final_state(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict[str
     """Everything in the checkpoint of a step: all tensors, and trainer.json."""
     path = run / f"checkpoints/step-{step:08d}"
     tensors = {}
-    for part in ("model", "optimizer", "hidden"):
-        tensors.update({f"{part}.{name}": value for name, value in load_file(path / f"{part}.safetensors").items()})
+    for file in ("model", "optimizer", "hidden"):
+        tensors.update({f"{file}.{name}": value for name, value in load_file(path / f"{file}.safetensors").items()})
     return tensors, json.loads((path / "trainer.json").read_text())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,19 @@ def test_a_knob_of_an_older_file_is_read_by_its_name_of_today(tmp_path: Path) ->
     for arguments in ([f"--config={tmp_path}/both.yaml"], ["--train.prefetch_workers=3"]):
         with pytest.raises(UserError, match=r"train.prefetch_workers: .*did you mean train.prefetch_threads\?"):
             read(*arguments)
+
+
+def test_help_begins_with_the_script_and_names_all_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        read("--help")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert re.match(r"usage: \S+ \[--config FILE\] ... \[--section.key=value\] ...\n\ndoc\n\n", shown)
+    for key, knob in knobs().items():
+        assert (f"--{key} " in shown) == (key.split(".")[0] in TRAINING_SECTIONS)
+        for name in knob.choices or []:
+            assert re.search(rf"\b{name}\b", shown), key
+    assert "--model CONFIG" not in shown, "a file for one section would be refused as an unknown key"
 
 
 def test_each_configuration_has_lists_of_its_own() -> None:

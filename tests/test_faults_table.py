@@ -19,7 +19,7 @@ def test_the_table_of_faults_is_that_of_the_tests() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_names_of_tests_tell_the_rows_and_a_missing_one_is_said(tmp_path: Path) -> None:
+def test_names_of_tests_give_the_rows_and_a_missing_test_is_reported(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/test_some.py").write_text(
         "import pytest\n"
@@ -30,6 +30,7 @@ def test_names_of_tests_tell_the_rows_and_a_missing_one_is_said(tmp_path: Path) 
         "@pytest.mark.parametrize('n', [1, pytest.param(2, marks=pytest.mark.slow)])\ndef test_fault_35_e(n): ...\n"
         "def test_other(): ...\n"
     )
+
     done = list_faults(f"--root={tmp_path}")
     assert done.returncode == 1
     assert done.stderr == "error: no test for fault 5\nerror: no test for fault 7\n"
@@ -41,6 +42,7 @@ def test_names_of_tests_tell_the_rows_and_a_missing_one_is_said(tmp_path: Path) 
     assert rows[8] == rows[20] == rows[34] == "`test_some.py::test_fault_08_to_34_d` (slow)"
     assert (rows[1], rows[5]) == ("`test_some.py::test_fault_01_a`", "none")
     assert rows[35] == "`test_some.py::test_fault_35_e` (more cases slow)"
+
     stale = list_faults(f"--root={tmp_path}", "--check")
     assert stale.returncode == 1 and "is not what" not in stale.stderr
     (tmp_path / "docs/faults.md").write_text("")

@@ -1,4 +1,4 @@
-"""The sources themselves: import order, one home per library, no pickle, small doors, no torch in tools."""
+"""The sources themselves: import order, one home per library, no pickle, plain --help, no torch in tools."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def imported_modules(module: str) -> list[str]:
 
 
 def order_of(room: str) -> list[str]:
-    """The modules of a room in the order that its __init__.py tells."""
+    """The modules of a room in the order that its __init__.py states."""
     if not room:
         return list(GROUND)
     text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text()))
     assert text is not None
-    told = re.search(r"The order: ([\w,\s]+)\.", text)
-    assert told, f"{room}/__init__.py tells no order"
-    return [f"{room}/{name}" for name in re.findall(r"\w+", told[1])]
+    order = re.search(r"The order: ([\w,\s]+)\.", text)
+    assert order, f"{room}/__init__.py states no order"
+    return [f"{room}/{name}" for name in re.findall(r"\w+", order[1])]
 
 
 def test_rooms_import_only_from_those_before_them() -> None:
@@ -170,6 +170,7 @@ def test_tools_never_import_torch(script: Path) -> None:
         "import rnnlm.data.build.build, rnnlm.data.stream, rnnlm.data.tokenizer, rnnlm.data.adopt\n"
         "assert 'torch' not in sys.modules\n"
     )
+
     done = subprocess.run(
         [sys.executable, "-c", watched], env=environment(), capture_output=True, text=True, timeout=60, check=False
     )
@@ -178,7 +179,7 @@ def test_tools_never_import_torch(script: Path) -> None:
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.py")), ids=lambda path: path.stem)
-def test_doors_explain_themselves(script: Path) -> None:
+def test_scripts_explain_themselves(script: Path) -> None:
     done = subprocess.run(
         command(script, "--help"), env=environment(), capture_output=True, text=True, timeout=60, check=False
     )

@@ -182,6 +182,7 @@ def test_fault_20_a_run_directory_of_another_configuration(
 ) -> None:
     assert train_here(f"--config={experiment}", "--train.max_steps=1").returncode == 0
     before = (tmp_path / "run/config.yaml").read_bytes()
+
     done = train_here(f"--config={experiment}", "--train.seq_len=40", "--model.dropout=0.1")
     assert done.returncode == 2
     assert our_lines(done) == [
@@ -203,6 +204,7 @@ def test_launched_processes_that_are_not_seen(run_script: RunScript, experiment:
         "error: accelerate launch was asked for several processes but started one; "
         "use --config_file launch/cpu.yaml --num_processes 2, which starts them on a CPU"
     ]
+
     blind = run_script("tests/train/faulty_train.py", "blind", "0", f"--config={experiment}", processes=2)
     assert blind.returncode != 0
     assert our_lines(blind) == [

@@ -11,14 +11,17 @@ import argparse
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 FAULTS = (  # the number of a fault never changes: tests and messages of commits refer to it
     ("killed, or power lost, in the middle of a checkpoint", "the newest whole one is used; one interval is lost"),
-    ("disk full or failing while saving", "training goes on with a warning; older checkpoints stay, no remains"),
+    (
+        "disk full or failing while saving",
+        "training continues with a warning; older checkpoints stay, no remains",
+    ),
     ("only one checkpoint kept, and saving fails", "nothing older is deleted before the new one is read back"),
-    ("one flipped bit in a checkpoint", "found when loading, set aside, said; an older one is used"),
+    ("one flipped bit in a checkpoint", "found when loading, renamed, reported; an older one is used"),
     ("a truncated or empty file in a checkpoint", "as 4"),
     ("ranks race to make and rename directories", "one rank alone writes"),
     ("ranks disagree on the time", "the clock of rank 0 decides when all save"),
@@ -40,10 +43,10 @@ FAULTS = (  # the number of a fault never changes: tests and messages of commits
     ("resumed with other data, tokenizer, windows or batch", "refused, naming the field and both values"),
     ("a shard replaced by one of the same size", "refused by its digest"),
     ("a shard truncated before it is opened", "refused, with the file and both sizes"),
-    ("a shard removed while it is read", "reading goes on; the next start names it; nothing is rewritten in place"),
-    ("disk full while building", "a clear error; the same command goes on when there is room"),
+    ("a shard removed while it is read", "reading continues; the next start names it; nothing is rewritten in place"),
+    ("disk full while building", "a clear error; the same command resumes when there is room"),
     ("a build killed at any moment", "only unfinished units are done again; the same bytes"),
-    ("a worker of a build killed", "its unit is tried again, then set aside and named; nothing hangs"),
+    ("a worker of a build killed", "its unit is tried again, then marked as failed and named; nothing hangs"),
     (
         "bad input: encodings, long lines, broken archives or JSON",
         "fail, skip or replace; counted, with file and place",
@@ -54,7 +57,7 @@ FAULTS = (  # the number of a fault never changes: tests and messages of commits
     ("wandb is down, slow, missing or without a key", "training and metrics.jsonl do not notice"),
     ("machines start with other code, configuration or data", "refused before anything is written, naming which"),
     ("a run that is restarted again and again", "limited by number, and by progress where it can be seen"),
-    ("a slow disk", "training waits for the copy to memory alone; one save in flight; its failure is told"),
+    ("a slow disk", "training waits for the copy to memory alone; one save in flight; its failure is reported"),
     ("resumed exactly where an epoch ends", "the next epoch starts once: nothing repeated, nothing left out"),
 )
 NAME = re.compile(r"test_fault_(\d\d(?:_(?:and_|to_)?\d\d)*)_")
@@ -73,21 +76,20 @@ def tests(root: Path) -> Iterator[tuple[set[int], str]]:
     for path in sorted((root / "tests").rglob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and (rows := rows_of(node.name)):
-                marks = [ast.unparse(each) for each in node.decorator_list]
-                slow = (
-                    " (slow)" if "pytest.mark.slow" in marks else " (more cases slow)" if "slow" in str(marks) else ""
-                )
                 name = path.relative_to(root / "tests").as_posix()
-                yield rows, f"`{name}::{node.name}`{slow}"
+                yield rows, f"`{name}::{node.name}`{slow_mark(node)}"
 
 
-def main() -> None:
-    """Write or compare the table, and tell which faults have no test."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, compare")
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help="of the repository")
-    options = parser.parse_args()
-    found = list(tests(options.root))
+def slow_mark(test: ast.FunctionDef) -> str:
+    """Whether a test, or some of its cases, need `-m slow`."""
+    marks = [ast.unparse(each) for each in test.decorator_list]
+    if "pytest.mark.slow" in marks:
+        return " (slow)"
+    return " (more cases slow)" if "slow" in str(marks) else ""
+
+
+def table(found: Sequence[tuple[set[int], str]]) -> tuple[str, list[str]]:
+    """(the table, an error for each fault without a test)."""
     lines = [
         "# Faults, what happens, and the tests that show it",
         "",
@@ -101,12 +103,24 @@ def main() -> None:
         names = [name for rows, name in found if number in rows]
         lines.append(f"| {number} | {fault} | {happens} | {'<br>'.join(names) or 'none'} |")
         errors += [] if names else [f"no test for fault {number}"]
-    table, path = "\n".join(lines) + "\n", options.root / "docs/faults.md"
+    return "\n".join(lines) + "\n", errors
+
+
+def main() -> None:
+    """Write or compare the table, and report which faults have no test."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help="of the repository")
+    options = parser.parse_args()
+
+    text, errors = table(list(tests(options.root)))
+    path = options.root / "docs/faults.md"
     if not options.check:
         path.parent.mkdir(exist_ok=True)
-        path.write_text(table, encoding="utf-8")
-    elif not path.exists() or path.read_text(encoding="utf-8") != table:
+        path.write_text(text, encoding="utf-8")
+    elif not path.exists() or path.read_text(encoding="utf-8") != text:
         errors.append("docs/faults.md is not what the tests say; run python tools/list_faults.py")
+
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     sys.exit(1 if errors else 0)

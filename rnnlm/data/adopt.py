@@ -26,11 +26,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from rnnlm import files
 from rnnlm.data.stream_format import Manifest
 from rnnlm.data.stream_writer import commit, write_array
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
-from rnnlm.files import write_durably
 
 BLOCK = 2**20  # tokens, sequences or documents in memory at once
 RAW_DTYPES = ("uint16", "uint32")  # what nanoGPT's scripts write; the file itself does not tell
@@ -199,7 +199,7 @@ def adopt(
         documents, digest = _write_documents(partial / "documents.npy", index, scan)
         (partial / "shard-00000.bin").symlink_to(path.resolve())
         if tokenizer:
-            write_durably(partial / "tokenizer.model", tokenizer.model)
+            files.write(partial / "tokenizer.model", [tokenizer.model])
         manifest = Manifest(
             # the unsigned one of the same width
             dtype=np.dtype(dtype.removeprefix("u").replace("int", "uint")).newbyteorder("<").str,

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rnnlm import files
 from rnnlm.data.stream import Tokens, TokenStream
 from rnnlm.data.stream_format import HEADER_BYTES, Manifest, StreamError, npy_header
 from rnnlm.data.tokenizer import Tokenizer, token_dtype
-from rnnlm.files import fsync_directory, temporary, write_durably
 
 
 def write_array(
@@ -30,7 +30,7 @@ def write_array(
     Returns:
         All rows, and the sha256 of the bytes behind the header.
     """
-    partial, rows, sha256 = temporary(path), 0, hashlib.sha256()
+    partial, rows, sha256 = files.temporary_path(path), 0, hashlib.sha256()
     with partial.open("wb") as file:
         file.write(bytes(HEADER_BYTES))  # until the length is known
         for block in blocks:
@@ -43,7 +43,7 @@ def write_array(
         file.write(npy_header(dtype, (rows, *columns)))
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+    files.rename(partial, path)
     return rows, sha256.hexdigest()
 
 
@@ -77,9 +77,9 @@ def commit(partial: Path, directory: Path, manifest: Manifest) -> Manifest:
     for leftover in partial.glob(".*"):  # of a worker that was killed
         leftover.unlink()
 
-    write_durably(partial / "stream.json", manifest.to_json().encode())
+    files.write(partial / "stream.json", [manifest.to_json().encode()])
     TokenStream(partial)  # checks all sizes
-    fsync_directory(partial)
-    partial.rename(directory)
-    fsync_directory(directory.parent)
+    files.sync(partial)
+    files.rename(partial, directory)
+    files.sync(directory.parent)
     return Manifest.read(directory)  # its digest with it

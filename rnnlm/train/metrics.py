@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from rnnlm.config import RunConfig
-from rnnlm.files import write_whole
+from rnnlm.files import write_file
 from rnnlm.train.curves import draw_curves, read_lines
 from rnnlm.train.trackers import Trackers
 
@@ -152,7 +152,7 @@ class Metrics(SilentMetrics):
 def keep_lines(path: Path, step: int) -> None:
     """Drop the records of steps after `step`; start records stay, they tell the run's history."""
     kept = [r for r in read_lines(path) if r["kind"] == "start" or r["step"] <= step]
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode(), alone=True)
+    write_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode(), alone=True)
 
 
 def keep_samples(path: Path, step: int) -> None:
@@ -161,7 +161,7 @@ def keep_samples(path: Path, step: int) -> None:
         text = path.read_text(encoding="utf-8", errors="replace")  # a kill may have cut a character
         parts = re.split(r"(?m)^(?=## step \d+$)", text)
         kept = [part for part in parts if not (found := re.match(r"## step (\d+)", part)) or int(found[1]) <= step]
-        write_whole(path, "".join(kept).encode(), alone=True)
+        write_file(path, "".join(kept).encode(), alone=True)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

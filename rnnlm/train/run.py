@@ -27,7 +27,7 @@ from rnnlm.data.ring import Origin, Ring
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
-from rnnlm.files import locked, write_whole
+from rnnlm.files import locked, write_file
 from rnnlm.train.distributed import Accelerator, all_gather_object, on_all_ranks, on_this_rank, run_on_main
 from rnnlm.train.identity import check_alike, differing, fingerprint, identity, versions
 from rnnlm.train.inputs import Streams, open_ring, substreams_of
@@ -127,7 +127,7 @@ def _prepare(config: Config, stream: TokenStream, tokenizer: Tokenizer | None) -
     files = {"tokenizer.model": tokenizer.model} if tokenizer else {}
     files["config.yaml"] = dump_yaml(config, TRAINING_SECTIONS).encode()
     for name, data in files.items():
-        write_whole(directory / name, data, alone=True)
+        write_file(directory / name, data, alone=True)
     return _Start(str(found.path) if found else None, origin, changed)
 
 
@@ -195,4 +195,4 @@ def record_of(config: Config, stream: TokenStream, ring: Ring, device: torch.dev
 def mark_preempted(directory: Path, signal_name: str, step: int, saved_step: int) -> None:
     """Leave the marker by which scripts know that the run is to be started again."""
     text = json.dumps({"signal": signal_name, "step": step, "saved_step": saved_step})
-    write_whole(directory / MARKER, text.encode(), alone=True)
+    write_file(directory / MARKER, text.encode(), alone=True)

@@ -14,7 +14,7 @@ from reading import PACK, Joined, all_jobs, chunks_of, read_all, rejected, texts
 from rnnlm.config import CorpusConfig
 from rnnlm.data.documents import Document, Item, LongDocument, Rejected, read
 from rnnlm.errors import UserError
-from rnnlm.hashing import fraction, fraction_of, hashing
+from rnnlm.hashing import fraction, fraction_of, keyed_hash
 
 
 @pytest.fixture
@@ -181,8 +181,7 @@ def test_fraction_is_uniform_keyed_and_pinned() -> None:
     assert 0 <= min(draws) < 0.01 < 0.99 < max(draws) < 1
     assert fraction_of(b"text", 0) != fraction_of(b"text", 1)
     assert round(fraction_of(b"text", 0), 12) == 0.387584095013, "a new version must split old corpora as before"
-
-    hashed = hashing(0)
+    hashed = keyed_hash(0)
     for part in (b"te", b"", b"xt"):
         hashed.update(part)
     assert fraction(hashed) == fraction_of(b"text", 0), "however it comes"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rnnlm.config import Config, TrainConfig
 from rnnlm.data.ring import Origin, Ring
 from rnnlm.data.stream import TokenStream
-from rnnlm.train.run import open_ring
+from rnnlm.train.inputs import open_ring
 
 
 def test_targets_before_counts_what_was_masked_in() -> None:

@@ -151,7 +151,7 @@ def test_loader_workers_cannot_change_the_order(train_stream: TokenStream, worke
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_union_over_real_ranks(run_door, streams: Path, tmp_path: Path, workers: int) -> None:  # type: ignore[no-untyped-def]
+def test_the_union_over_real_ranks(run_script, streams: Path, tmp_path: Path, workers: int) -> None:  # type: ignore[no-untyped-def]
     """Two processes: what their loaders really gave them, written down by themselves."""
     script = tmp_path / "ranks.py"
     script.write_text(
@@ -174,7 +174,7 @@ def test_the_union_over_real_ranks(run_door, streams: Path, tmp_path: Path, work
         f"    open({str(tmp_path)!r} + f'/rank{{rank}}of{{ranks}}.json', 'w').write(json.dumps(found))\n"
     )
 
-    done = run_door(script, processes=2)
+    done = run_script(script, processes=2)
     assert done.returncode == 0, done.stderr
     shares = [json.loads((tmp_path / f"rank{rank}of2.json").read_text()) for rank in range(2)]
 

@@ -5,7 +5,7 @@ nan N, grad N: the loss, or one gradient, of the last process is not finite at s
 row N: the hidden state of substream 3 is NaN before step N.   spike N: the loss of step N is a hundred times itself.
 hang N, error N: the last process stops, or raises an error, at step N.   slow N: a step takes N milliseconds more.
 masks: dropout masks keyed by rank, not by substream.   skip N: from step N on the loader reads one window too far.
-blind: Accelerate is not told that it is on a CPU.   disk N: every file takes N milliseconds more to write.
+blind: Accelerate is not told that it is on a CPU.   disk N: each file of a save takes N milliseconds more to write.
 clocks N: a step takes N seconds by the clock of process 0 and N thousand by any other's; saves-RANK tells who saved.
 half: fp16 and the scaling of its losses on a CPU, where Accelerate has neither.
 touches: touched-RANK tells what each process did to names and contents in the run's directory, by Python's own audit.
@@ -78,17 +78,22 @@ def blind(value: int) -> None:
     rnnlm.train.distributed.Accelerator = lambda cpu, **options: honest(**options)  # type: ignore[assignment,misc]
 
 
+def of_a_save(path: Path) -> bool:
+    """Whether a file belongs to the checkpoints; others are written by the same functions."""
+    return "checkpoints" in path.parts
+
+
 def saving(value: int) -> None:
     """Die in the middle of a checkpoint."""
     operations = 0
 
     def counted(honest: Callable[..., Any]) -> Callable[..., Any]:
-        def operation(*arguments: Any) -> Any:
+        def operation(path: Path, *arguments: Any) -> Any:
             nonlocal operations
-            operations += 1
+            operations += of_a_save(path)
             if operations == value:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return honest(*arguments)
+            return honest(path, *arguments)
 
         return operation
 
@@ -163,9 +168,10 @@ def slow(value: int) -> None:
 def disk(value: int) -> None:
     honest = rnnlm.files.write
 
-    def write(*arguments: Any) -> None:
-        time.sleep(value / 1000)
-        honest(*arguments)
+    def write(path: Path, *arguments: Any) -> None:
+        if of_a_save(path):
+            time.sleep(value / 1000)
+        honest(path, *arguments)
 
     rnnlm.files.write = write
 

@@ -15,8 +15,8 @@ from rnnlm.data.ring import Ring
 from rnnlm.data.stream import TokenStream
 from rnnlm.errors import UserError
 from rnnlm.files import locked
-from rnnlm.train.tree_sum import TreeSum
 from rnnlm.train.run import share
+from rnnlm.train.tree_sum import TreeSum
 
 TRAIN = "launch/train.py"
 

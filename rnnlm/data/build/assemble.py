@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from rnnlm import files
 from rnnlm.config import Config, as_list
 from rnnlm.data.build.executor import Workers
 from rnnlm.data.build.external_sort import (
@@ -36,7 +37,6 @@ from rnnlm.data.stream_format import Manifest
 from rnnlm.data.stream_writer import commit, write_array, write_shard
 from rnnlm.data.tokenizer import Tokenizer, token_dtype
 from rnnlm.errors import UserError
-from rnnlm.files import write_durably
 
 RUN_HASHES = 2**19  # of documents sorted at once
 RUN_TOKENS = 2**24  # of documents shuffled at once, about, and of a unit of shuffled ones, or
@@ -213,7 +213,7 @@ class Assembly:
             documents_sha256=write_array(partial / "documents.npy", _totals(parts), "<i8", (3,))[1],
             rejected_sha256=self._write_rejected(target, partial / "rejected.jsonl"),
         )
-        write_durably(partial / "tokenizer.model", self.tokenizer.model)
+        files.write(partial / "tokenizer.model", [self.tokenizer.model])
         return commit(partial, self.setting.directory(target), manifest)
 
     def _write_rejected(self, target: str, path: Path) -> str:

@@ -36,7 +36,7 @@ from rnnlm.data.sources import Source, sources
 from rnnlm.data.stream_format import Manifest
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
-from rnnlm.files import locked, write_whole
+from rnnlm.files import locked, write_file
 from rnnlm.hashing import json_digest
 
 _here = threading.local()  # each thread of a worker has an encoder of its own
@@ -202,7 +202,7 @@ class Build:
             strict.rename(work)
         (work / "units").mkdir(parents=True, exist_ok=True)
         if not (work / "tokenizer.model").exists():
-            write_whole(work / "tokenizer.model", self.tokenizer.model)
+            write_file(work / "tokenizer.model", self.tokenizer.model)
         if not shared:
             for other in {*others, strict} - {work}:
                 shutil.rmtree(other, ignore_errors=True)

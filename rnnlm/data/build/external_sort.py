@@ -24,7 +24,7 @@ import numpy as np
 
 from rnnlm.data.build.units import COPY_ROWS, COPY_TOKENS, HASH, TO_VALID, TOKENS, Array, Part, UnitFile
 from rnnlm.data.stream_writer import write_array
-from rnnlm.files import temporary
+from rnnlm.files import temporary_path
 from rnnlm.hashing import permuted
 
 PLACE, BEGIN, OWNER = 3, 4, 5  # of a document that is shuffled: where it goes, where its tokens begin in which file
@@ -148,7 +148,7 @@ def _write_documents(path: Path, documents: Array, paths: Sequence[Path], spill:
     documents = documents[np.argsort(documents[:, PLACE])]
     ends = np.cumsum(documents[:, TOKENS])
     begins = ends - documents[:, TOKENS]
-    partial, owner, tokens = temporary(path), -1, np.empty(0, np.uint16)
+    partial, owner, tokens = temporary_path(path), -1, np.empty(0, np.uint16)
     with partial.open("wb") as file:
         for number in np.lexsort((documents[:, BEGIN], documents[:, OWNER])).tolist():  # in the order of the disk
             if documents[number, OWNER] != owner:

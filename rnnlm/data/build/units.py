@@ -26,11 +26,11 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from rnnlm import files
 from rnnlm.config import Config
 from rnnlm.data.documents import BadRecordError, Document, Item, LongDocument, Rejected
 from rnnlm.data.encoder import Encoder
-from rnnlm.files import fsync_directory, temporary, write_whole
-from rnnlm.hashing import fraction, fraction_of, hashing
+from rnnlm.hashing import fraction, fraction_of, keyed_hash
 
 TOKENS, BYTES, WORDS, TO_VALID, HASH = range(5)  # columns of rows; HASH and the next one with deduplication
 BATCH_BYTES = 2**20  # of documents encoded at once, or
@@ -46,7 +46,7 @@ def write_unit(path: Path, items: Iterable[Item], splits_off: bool, config: Conf
     Raises:
         UserError: a document too long for the tokenizer, unless bad records are skipped.
     """
-    partial = [temporary(path) for _ in range(3)]
+    partial = [files.temporary_path(path) for _ in range(3)]
     try:
         with partial[0].open("wb+") as tokens, partial[1].open("wb+") as rows, partial[2].open("wb+") as rejected:
             writer = _Writer(tokens, rows, rejected, config, encoder, splits_off)
@@ -60,7 +60,7 @@ def write_unit(path: Path, items: Iterable[Item], splits_off: bool, config: Conf
         if listed:
             partial[2].replace(rejected_path(path))
         partial[0].replace(path)
-        fsync_directory(path.parent)
+        files.sync(path.parent)
     finally:
         for each in partial:
             each.unlink(missing_ok=True)
@@ -73,7 +73,7 @@ def rejected_path(path: Path) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file of JSON as a whole."""
-    write_whole(path, json.dumps(value).encode())
+    files.write_file(path, json.dumps(value).encode())
 
 
 @dataclass
@@ -141,7 +141,7 @@ class _Writer:
 
     def _add_long(self, document: LongDocument) -> None:
         begin, sizes = self.tokens.tell(), np.zeros(3, np.int64)
-        split, whole = hashing(self.config.stream.split_seed), hashlib.blake2b(digest_size=16)
+        split, whole = keyed_hash(self.config.stream.split_seed), hashlib.blake2b(digest_size=16)
 
         def parts() -> Iterator[bytes]:
             for part in document.parts:
