@@ -19,8 +19,9 @@ from typing import Any
 
 import yaml
 
-from rnnlm.config import Config, closest, knobs
+from rnnlm.config import Config, knobs
 from rnnlm.errors import UserError
+from rnnlm.knob import closest
 
 Sections = dict[str, dict[str, Any]]  # section -> key -> value, as in a file
 

@@ -9,72 +9,16 @@ sections that training reads.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import difflib
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal
 
-T = TypeVar("T")
+from rnnlm.knob import Knob, knob
 
 # What a run is made of, by name. Whoever registers another cell, head or optimizer appends its name here.
 CELLS = ["lstm", "gru", "rnn"]
 HEADS = ["softmax"]
 OPTIMIZERS = ["adam", "adamw", "sgd"]
-
-
-@dataclass(frozen=True)
-class Knob:
-    """What a field declares beside its type and its default."""
-
-    at_least: float | None = None
-    below: float | None = None
-    at_most: float | None = None
-    choices: Sequence[str] | None = None
-    changeable: bool = False  # whether it may differ when a run is resumed
-
-    def fault(self, key: str, value: Any) -> str | None:
-        """What is wrong with a value, as `section.key=value: what is expected`; None if nothing is."""
-        if value is None:
-            return f"{key}: has no value; give one or leave the line out"
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"{key}={value}: must be a finite number"
-
-        if self.at_least is not None and value < self.at_least:
-            return f"{key}={value}: must be at least {self.at_least}"
-        if self.below is not None and value >= self.below:
-            return f"{key}={value}: must be below {self.below}"
-        if self.at_most is not None and value > self.at_most:
-            return f"{key}={value}: must be at most {self.at_most}"
-
-        if self.choices is not None and value not in self.choices:
-            known = ", ".join(self.choices)
-            return f"{key}={value}: not one of {known}; did you mean {closest(value, self.choices)}?"
-        return None
-
-
-def knob(
-    default: T,
-    *,
-    at_least: float | None = None,
-    below: float | None = None,
-    at_most: float | None = None,
-    choices: Sequence[str] | None = None,
-    changeable: bool = False,
-) -> T:
-    """A field with something to declare; one without has a plain default, and is fixed once a run has begun.
-
-    Args:
-        at_least, below, at_most: bounds of a number: inclusive, exclusive, inclusive.
-        choices: a registry's names, to which other code may append.
-        changeable: it may differ when a run is resumed; the others of model, optim and train are the run's identity.
-    """
-    metadata = {"knob": Knob(at_least, below, at_most, choices, changeable)}
-    if isinstance(default, list):  # each configuration gets a list of its own
-        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -198,7 +142,7 @@ class OptimConfig:
     learning_rate: float = knob(1e-3, at_least=0)
     """Peak learning rate."""
     momentum: float = knob(0.0, at_least=0, below=1)
-    """SGD only."""
+    """Of sgd; 0: none."""
     beta1: float = knob(0.9, at_least=0, below=1)
     """Adam: decay of the first moment."""
     beta2: float = knob(0.999, at_least=0, below=1)
@@ -286,7 +230,7 @@ class GenerateConfig:
     """Text from the model."""
 
     prompts: list[str] | str = knob("", changeable=True)
-    """What to continue; while training, after every evaluation; at generate.py, none means interactive."""
+    """Texts to continue: while training, after every evaluation; launch/generate.py asks for them if none is given."""
     samples: int = knob(1, at_least=1, changeable=True)
     """Continuations of each prompt."""
     max_tokens: int = knob(100, at_least=1, changeable=True)
@@ -410,11 +354,6 @@ def nearest(size: int, divisor: int) -> str:
 def as_list(value: list[str] | str) -> list[str]:
     """A knob that takes one text or several, as a list; the empty text is no text."""
     return [value] if isinstance(value, str) and value else list(value)
-
-
-def closest(text: str, known: Iterable[str]) -> str:
-    """The known name that looks most like a text, however little it does."""
-    return difflib.get_close_matches(text, known, n=1, cutoff=0.0)[0]
 
 
 def knobs() -> dict[str, Knob]:
