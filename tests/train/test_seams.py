@@ -157,7 +157,7 @@ TOYS = ("--model.cell=decays", "--model.head=parity", "--optim.name=signum", "--
 def test_a_run_of_toys_from_outside_resumes_to_the_bit(
     train_here: TrainHere, experiment: Path, tmp_path: Path, registered: list[Collector]
 ) -> None:
-    options = (f"--config={experiment}", *TOYS)
+    options = (f"--config={experiment}", *TOYS, "--run.log_every_steps=5", "--eval.every_steps=10")
     whole = train_here(*options, f"--run.directory={tmp_path}/whole")
     assert whole.returncode == 0, whole.stderr
     first = train_here(*options, "--train.max_steps=10")
