@@ -76,9 +76,9 @@ class Manifest:
         """
         path = Path(directory) / "stream.json"
         try:
-            if path.stat().st_size > MANIFEST_BYTES or not path.is_file():  # to open a pipe would wait for its writer
-                raise StreamError(f"{path}: larger than any manifest, or no file; build the stream again")
-            text = path.read_text(encoding="utf-8")
+            # opening a pipe would wait for its writer
+            usable = path.stat().st_size <= MANIFEST_BYTES and path.is_file()
+            text = path.read_text(encoding="utf-8") if usable else "{}"
             body = json.loads(text)
             if not isinstance(body, dict):
                 raise ValueError("no object")
@@ -88,6 +88,8 @@ class Manifest:
         except (ValueError, RecursionError) as error:
             raise StreamError(f"{path}: not JSON ({error}); build the stream again") from error
 
+        if not usable:
+            raise StreamError(f"{path}: larger than any manifest, or no file; build the stream again")
         if (body.pop("format", None), body.pop("version", None)) != (FORMAT, VERSION):
             raise StreamError(f"{path}: not a stream of format {FORMAT} version {VERSION}; build it again")
         digest = body.pop("digest", None)
