@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rnnlm.checkpoint.checkpoint import Checkpoint, copy_tensors, load, newest
+from rnnlm.checkpoint.checkpoint import Checkpoint, copy_tensors, find_newest, load
 from rnnlm.checkpoint.safetensors_file import CheckpointError
 from rnnlm.config import Config
 from rnnlm.data.tokenizer import Tokenizer
@@ -24,11 +24,11 @@ def choose(config: Config) -> Path:
     root = Path(config.run.directory) / "checkpoints"
     if config.run.checkpoint == "best":
         try:
-            if (best := newest(root, "best")[0]) is not None:
+            if (best := find_newest(root, "best")[0]) is not None:
                 return best.path
         except CheckpointError as error:
             print(f"warning: {error}; reading the last checkpoint instead", file=sys.stderr, flush=True)
-    last, _ = newest(root, "step")
+    last, _ = find_newest(root, "step")
     if last is None:
         raise CheckpointError(f"{root}: no checkpoint yet; train first, or wait for run.save_every_steps")
     return last.path

@@ -141,7 +141,7 @@ def claim(config: Config, stream: TokenStream, tokenizer: Tokenizer | None) -> C
     """
     directory = Path(config.run.directory)
     record, root = directory / "config.yaml", directory / "checkpoints"
-    found, damaged = checkpoint.newest(root, "step")
+    found, damaged = checkpoint.find_newest(root, "step")
     if found:
         check_state(found.state, found.path)
     recorded = found.state["configuration"] if found else load_yaml(record) if record.exists() else {}
@@ -159,7 +159,7 @@ def claim(config: Config, stream: TokenStream, tokenizer: Tokenizer | None) -> C
     for error in damaged:
         print(f"warning: {error}; set aside, going on from an older one", file=sys.stderr, flush=True)
     if found:
-        checkpoint.set_aside(root, "step", found)
+        checkpoint.rename_damaged(root, "step", found)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MARKER).unlink(missing_ok=True)
     files = {"tokenizer.model": tokenizer.model} if tokenizer else {}
