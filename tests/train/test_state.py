@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,20 +12,27 @@ from conftest import STATE, TrainHere
 from rnnlm.checkpoint.checkpoint import load, save
 from rnnlm.checkpoint.safetensors_file import CheckpointError
 from rnnlm.config import Config, ModelConfig
+from rnnlm.data.ring import Origin
 from rnnlm.model.language_model import RecurrentLM
+from rnnlm.train.guard import Health
 from rnnlm.train.load import load_model
-from rnnlm.train.state import check_state
+from rnnlm.train.schedule import ValidationMemory
+from rnnlm.train.state import HealthState, MemoryState, OriginState, check_state
 
 
 def test_fault_30_the_types_in_trainer_json(tmp_path: Path) -> None:
-    check_state(STATE, tmp_path)
-    check_state({**STATE, "more": [1]}, tmp_path)
+    state = check_state(STATE, tmp_path)
+    assert {key: value for key, value in state.model_dump().items() if key != "layouts"} == STATE
+    assert state.layouts == {}, "older checkpoints have none"
+    assert check_state({**STATE, "more": [1]}, tmp_path) == state
+    assert check_state({**STATE, "layouts": {"layer0.h": "rows"}}, tmp_path).layouts == {"layer0.h": "rows"}
+
     wrong = {
         "step": (-1, 1.5, True, 2**63, "7", None), "horizon_steps": ("",),
         "interval": ([1, 2], [1, 2, "3"], {}, 10**30),
         "memory": ({}, None, {**STATE["memory"], "x": 1}, {**STATE["memory"], "best_step": None}), "tokenizer": (None,),
         "scaler": ([], {"a": []}), "stream": (1,), "vocab_size": (10**30,), "processes": ([],), "versions": ({"a": 1},),
-        "origin": ({}, {"step": -1, "epoch": 0, "position": 0}),
+        "origin": ({}, {"step": -1, "epoch": 0, "position": 0}, {"step": 8, "epoch": 0, "position": 0}),
         "health": ({}, {"counts": [], "resets": 0, "losses": []}),
         "configuration": ([], {"model": 1}),
     }  # fmt: skip
@@ -35,6 +43,17 @@ def test_fault_30_the_types_in_trainer_json(tmp_path: Path) -> None:
                 check_state({**STATE, key: value}, tmp_path)
         with pytest.raises(CheckpointError, match=f"{key} is not there"):
             check_state({name: value for name, value in STATE.items() if name != key}, tmp_path)
+
+    for key in STATE:  # whatever it says, the error is short
+        with pytest.raises(CheckpointError, match=f"{key} is") as caught:
+            check_state({**STATE, key: {f"{number}": ["a" * 999] for number in range(99)} | {"b": 1}}, tmp_path)
+        assert len(str(caught.value)) < 200 + len(str(tmp_path))
+
+
+def test_its_fields_are_those_of_the_objects_that_are_saved() -> None:
+    assert [*MemoryState.model_fields] == [field.name for field in fields(ValidationMemory)]
+    assert [*OriginState.model_fields] == [field.name for field in fields(Origin)]
+    assert {*HealthState.model_fields} == {*Health(torch.device("cpu")).to_dict(0)}
 
 
 def test_fault_30_a_vocabulary_that_the_model_cannot_have_takes_no_memory(tmp_path: Path) -> None:
