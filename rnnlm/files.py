@@ -13,22 +13,24 @@ import socket
 import stat
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 from rnnlm.errors import RunError
 
 DELETED = ".deleted"  # the suffix of what is being deleted; no reader takes it
 
 
-def write(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
-    """Write a file and wait until its bytes are on disk; its name is after `sync` of its directory."""
-    with path.open("wb") as file:
-        for block in blocks:
-            file.write(block)
-        file.flush()
+def write(path: Path, fill: Callable[..., object], *contents: Any) -> None:
+    """Have fill(path, *contents) write a file, and wait until it is on disk; its name is after `sync` of its directory.
+
+    All contents of a checkpoint go through here, those that a library writes too: tests inject faults in one place.
+    """
+    fill(path, *contents)
+    with path.open("rb") as file:
         os.fsync(file.fileno())
 
 

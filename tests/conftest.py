@@ -30,11 +30,21 @@ from rnnlm.data.stream_format import Manifest
 from rnnlm.data.stream_writer import commit, write_array, write_shard
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.data.tokenizer_training import train
+from rnnlm.train.guard import Guard
 
 settings.register_profile("untimed", deadline=None)  # machines are noisy, and a slow one is not wrong
 settings.register_profile("long", deadline=None, max_examples=5000)  # pytest --hypothesis-profile=long
 settings.load_profile("untimed")
 ROOT = Path(__file__).resolve().parent.parent
+
+
+STATE: dict[str, Any] = {  # a trainer.json
+    "step": 7, "horizon_steps": 20, "interval": [1, 2, 0], "scaler": {}, "stream": "ab", "tokenizer": "",
+    "processes": 1, "vocab_size": 300, "configuration": {"model": {"layers": 2}}, "versions": {"torch": "2"},
+    "origin": {"step": 0, "epoch": 0, "position": 0}, "health": Guard(torch.device("cpu")).to_dict(0),
+    "memory": {"best_loss": None, "best_step": 0, "evaluations_since_best": 0, "evaluations_since_cut": 0,
+               "learning_rate_scale": 1.0},
+}  # fmt: skip
 
 
 def make_text(documents: int, seed: int = 0) -> list[str]:

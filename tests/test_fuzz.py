@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_stream
+from conftest import STATE, write_stream
 
-from rnnlm.checkpoint.checkpoint import load, newest, save
+from rnnlm.checkpoint.checkpoint import find_newest, load, save
 from rnnlm.cli import dump_yaml, load_yaml
 from rnnlm.config import TRAINING_SECTIONS, Config
 from rnnlm.data.adopt import adopt
@@ -35,7 +35,6 @@ from rnnlm.data.stream_format import HEADER_BYTES
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
 from rnnlm.hashing import json_digest
-from rnnlm.train.guard import Guard
 from rnnlm.train.state import check_state
 
 Files = dict[str, bytes]
@@ -114,13 +113,7 @@ class CheckpointFiles:
 
     def __init__(self, directory: Path, tokenizer: Tokenizer):
         self.expected = {"w": torch.zeros(5, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}
-        memory = {"best_loss": 1.5, "best_step": 3, "evaluations_since_best": 0, "evaluations_since_cut": 0}
-        state = {
-            "step": 7, "horizon_steps": 20, "interval": [1, 2, 0], "scaler": {}, "stream": "ab", "tokenizer": "",
-            "processes": 1, "vocab_size": 300, "configuration": {"model": {"layers": 2}}, "versions": {"torch": "2"},
-    "origin": {"step": 0, "epoch": 0, "position": 0}, "health": Guard(torch.device("cpu")).to_dict(0),
-            "memory": {**memory, "learning_rate_scale": 1.0},
-        }  # fmt: skip
+        state = {**STATE, "memory": {**STATE["memory"], "best_loss": 1.5, "best_step": 3}}
         path = save(directory, "step-00000007", dict.fromkeys(("model", "optimizer", "hidden"), self.expected), state)
         self.files = {file.name: file.read_bytes() for file in path.iterdir()}
         self.folder = path.name
@@ -156,7 +149,7 @@ class CheckpointFiles:
 
     def read(self, directory: Path) -> None:
         path = directory / self.folder
-        assert newest(directory, "step")
+        assert find_newest(directory, "step")
         found = load(path)
         check_state(found.state, path)
         for part in ("model", "optimizer", "hidden"):

@@ -24,6 +24,7 @@ HOMES = {
     "safetensors": "checkpoint/safetensors_file",
     "accelerate": "train/distributed",
     "wandb": "train/trackers",
+    "pydantic": "train/state",
 }
 PACKAGE = ROOT / "rnnlm"
 

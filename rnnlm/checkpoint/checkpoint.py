@@ -8,8 +8,8 @@
 
 Everything is written under `<name>.partial`, synced, then renamed. One of the same name that was there stays as
 `<name>.replaced` until the new one has been read back; readers take it only where `<name>` is not whole. What is
-loaded is compared with the manifest in the same pass that reads it; no pickle anywhere. A damaged checkpoint is set
-aside under `damaged-<name>` and the one before it is used. Whoever wrote the files: none leads out of the directory,
+loaded is compared with the manifest in the same pass that reads it; no pickle anywhere. A damaged checkpoint is
+renamed to `damaged-<name>` and the one before it is used. Whoever wrote the files: none leads out of the directory,
 and none takes more memory than the caller expects. The price: every byte saved is read back once.
 """
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ class Checkpoint:
     path: Path
     state: Mapping[str, Any]
 
-    def tensors(self, part: str, expected: Tensors | None = None) -> dict[str, torch.Tensor]:
+    def tensors(self, group: str, expected: Tensors | None = None) -> dict[str, torch.Tensor]:
         """The tensors of `model`, `optimizer` or `hidden`, on the CPU, every byte of them checked.
 
         Args:
@@ -54,26 +54,27 @@ class Checkpoint:
         Raises:
             CheckpointError: damaged, changed since, or of another model.
         """
-        return manifest.read_tensors(self.path, f"{part}.safetensors", manifest.read_manifest(self.path), expected)
+        return manifest.read_tensors(self.path, f"{group}.safetensors", manifest.read_manifest(self.path), expected)
 
-    def bytes(self, part: str) -> int:
-        """The size of a part's file."""
-        name = f"{part}.safetensors"
+    def bytes(self, group: str) -> int:
+        """The size of the file of `model`, `optimizer` or `hidden`."""
+        name = f"{group}.safetensors"
         return int(manifest.entry_of(self.path, name, manifest.read_manifest(self.path))["size"])
 
 
-def save(root: Path, name: str, parts: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
+def save(root: Path, name: str, groups: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
     """Write the checkpoint root/name and return its path; one of that name is replaced.
 
     Args:
-        parts: `model`, `optimizer`, `hidden` -> tensors, none of which share memory.
+        groups: `model`, `optimizer`, `hidden` -> tensors, none of which share memory.
         state: what goes into trainer.json.
 
     Raises:
         NonFiniteError: a tensor is not finite; nothing was written.
+        CheckpointError: what arrived in a file is not what was written; nothing of it is left.
         OSError: it could not be written; nothing of it is left, or it is whole but its name may not outlive a crash.
     """
-    check_finite(parts)
+    check_finite(groups)
     final, partial, replaced = (root / f"{name}{suffix}" for suffix in ("", PARTIAL, REPLACED))
     try:
         if not root.is_dir():
@@ -81,20 +82,18 @@ def save(root: Path, name: str, parts: Mapping[str, Tensors], state: Mapping[str
             files.sync(root.parent)
         files.remove_tree(partial)
         files.make_directory(partial)
-        entries = {}
-        for file, blocks in _files(parts, state):
-            seal = _Seal()
-            files.write(partial / file, seal.on(blocks))
-            entries[file] = {"size": seal.size, "sha256": seal.sha256.hexdigest()}
-        files.write(partial / "manifest.json", [manifest.spell_manifest(entries)])
-        files.sync(partial)
-        if final.exists():  # of a life of this run that died after it, and went on from an older one
+
+        _write_files(partial, groups, state)
+        files.sync(partial)  # before its name can be found: else a power loss could keep the name and lose files
+
+        if final.exists():  # of an earlier attempt of this run, which died after it and was resumed from an older one
             if replaced.exists():
                 files.delete(replaced)
             files.rename(final, replaced)
         files.rename(partial, final)
         files.sync(root)
-    except OSError:
+    except (OSError, CheckpointError):
+        # the disk may fail here as well; what is left then is cleared up by the next save
         with suppress(OSError):
             if replaced.exists() and not final.exists():
                 files.rename(replaced, final)
@@ -104,39 +103,32 @@ def save(root: Path, name: str, parts: Mapping[str, Tensors], state: Mapping[str
     return final
 
 
-def check_finite(parts: Mapping[str, Tensors]) -> None:
+def check_finite(groups: Mapping[str, Tensors]) -> None:
     """Check that no tensor holds infinity or NaN.
 
     Raises:
         NonFiniteError: naming the first that does.
     """
-    for part, tensors in parts.items():
+    for group, tensors in groups.items():
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise NonFiniteError(f"{part}: tensor {name} is not finite, so it is not saved")
+                raise NonFiniteError(f"{group}: tensor {name} is not finite, so it is not saved")
 
 
-def _files(
-    parts: Mapping[str, Tensors], state: Mapping[str, Any]
-) -> Iterator[tuple[str, Iterable[bytes | memoryview]]]:
-    """(name, contents) of each file but the manifest."""
-    assert {*parts} <= {*manifest.PARTS}, "a reader would refuse them"
-    for part, tensors in parts.items():
-        yield f"{part}.safetensors", safetensors_file.spell(tensors)
-    yield "trainer.json", [json.dumps(dict(state), indent=1).encode()]
+def _write_files(directory: Path, groups: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
+    """Write the files of a checkpoint, the manifest last."""
+    assert {*groups} <= {*manifest.GROUPS}, "a reader would refuse them"
+    entries = {}
+    for group, tensors in groups.items():
+        path = directory / f"{group}.safetensors"
+        files.write(path, safetensors_file.write, tensors)
+        size, sha256 = safetensors_file.checksum(path, tensors)
+        entries[path.name] = {"size": size, "sha256": sha256}
 
-
-class _Seal:
-    """Size and digest of what passes through."""
-
-    def __init__(self) -> None:
-        self.size, self.sha256 = 0, hashlib.sha256()
-
-    def on(self, blocks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-        for block in blocks:
-            self.size += len(block)
-            self.sha256.update(block)
-            yield block
+    data = json.dumps(dict(state), indent=1).encode()
+    files.write(directory / "trainer.json", Path.write_bytes, data)
+    entries["trainer.json"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    files.write(directory / "manifest.json", Path.write_bytes, manifest.serialize_manifest(entries))
 
 
 def load(path: Path, every_byte: bool = True) -> Checkpoint:
@@ -148,23 +140,24 @@ def load(path: Path, every_byte: bool = True) -> Checkpoint:
         CheckpointError: naming the file that is missing or not what the manifest says.
     """
     listed = manifest.read_manifest(path)
-    for name in {*listed} - {"trainer.json"}:
+    for name in {*listed} - {"trainer.json"}:  # which is small, and read below
         manifest.check_file(path, name, listed, every_byte)
     return Checkpoint(path, manifest.read_state(path, listed))
 
 
-def newest(root: Path, prefix: str) -> tuple[Checkpoint | None, list[CheckpointError]]:
+def find_newest(root: Path, prefix: str) -> tuple[Checkpoint | None, list[CheckpointError]]:
     """The newest whole checkpoint called <prefix>-<step>, and what is wrong with each newer one; reads only.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is whole: starting anew is the user's decision.
+        CheckpointError: there are checkpoints, but none is whole: to start from the beginning is the user's decision.
     """
     damaged: list[CheckpointError] = []
-    for path in reversed(names(root, prefix)):
+    for path in reversed(list_checkpoints(root, prefix)):
         try:
             return load(path), damaged
         except CheckpointError as error:
             damaged.append(error)
+
     if damaged:
         raise CheckpointError(
             f"{root}: every checkpoint is damaged ({damaged[0]}); to start anew, choose another run.directory"
@@ -172,31 +165,31 @@ def newest(root: Path, prefix: str) -> tuple[Checkpoint | None, list[CheckpointE
     return None, []
 
 
-def set_aside(root: Path, prefix: str, good: Checkpoint) -> None:
+def rename_damaged(root: Path, prefix: str, good: Checkpoint) -> None:
     """Rename the checkpoints that are newer than the newest good one to damaged-<name>."""
-    for path in names(root, prefix):
-        if _order(path) > _order(good.path):
-            aside = path.with_name(f"damaged-{path.name}")
-            files.remove_tree(aside)
-            files.rename(path, aside)
+    for path in list_checkpoints(root, prefix):
+        if _sort_key(path) > _sort_key(good.path):
+            damaged = path.with_name(f"damaged-{path.name}")
+            files.remove_tree(damaged)
+            files.rename(path, damaged)
             files.sync(root)
 
 
-def names(root: Path, prefix: str) -> list[Path]:
+def list_checkpoints(root: Path, prefix: str) -> list[Path]:
     """The directories called <prefix>-<step> or <prefix>-<step>.replaced, oldest first, whole or not."""
     pattern = re.compile(rf"{re.escape(prefix)}-[0-9]{{8,}}({re.escape(REPLACED)})?")
     found = [path for path in root.iterdir() if pattern.fullmatch(path.name)] if root.is_dir() else []
-    return sorted(found, key=_order)
+    return sorted(found, key=_sort_key)
 
 
-def _order(path: Path) -> tuple[int, bool]:
-    """(step, whether it is the last of that name); the larger, the newer."""
+def _sort_key(path: Path) -> tuple[int, bool]:
+    """(step, whether it is the last one written of that name): larger for newer ones."""
     name = path.name.removesuffix(REPLACED)
     return int(name.rpartition("-")[2]), name == path.name
 
 
 def prune(written: Path, prefix: str, keep_last: int, keep_every_steps: int = 0) -> None:
-    """Read back the checkpoint just written; if it is whole, delete what is no longer kept, and remains of the dead.
+    """Read back the checkpoint just written; if it is whole, delete what is no longer kept, and what kills have left.
 
     Kept are the `keep_last` newest whole ones, the one just written among them, and those whose step is a multiple of
     keep_every_steps (0: none of these). Damaged ones count for nothing and stay.
@@ -207,25 +200,28 @@ def prune(written: Path, prefix: str, keep_last: int, keep_every_steps: int = 0)
     """
     load(written)
     root = written.parent
-    there = [path for path in names(root, prefix) if path != written]
-    superseded = [path for path in there if _is_superseded(path)]
-    others = [path for path in there if path not in superseded and _seems_whole(path)]
+    there = [path for path in list_checkpoints(root, prefix) if path != written]
+    replaced = [path for path in there if _is_replaced(path)]
+
+    others = [path for path in there if path not in replaced and _sizes_match(path)]
     for path in others[: max(0, len(others) - keep_last + 1)]:
-        if not keep_every_steps or _order(path)[0] % keep_every_steps:
+        if not keep_every_steps or _sort_key(path)[0] % keep_every_steps:
             files.delete(path)
-    dead = re.compile(rf"{re.escape(prefix)}-[0-9]{{8,}}(\.replaced)?\.(partial|deleted)")
-    for path in [path for path in root.iterdir() if dead.fullmatch(path.name)]:
+
+    # of saves and deletions that were killed
+    unfinished = re.compile(rf"{re.escape(prefix)}-[0-9]{{8,}}(\.replaced)?\.(partial|deleted)")
+    for path in [path for path in root.iterdir() if unfinished.fullmatch(path.name)]:
         files.remove_tree(path)
-    for path in superseded:
+    for path in replaced:
         files.delete(path)
 
 
-def _is_superseded(path: Path) -> bool:
-    """Whether it is what a checkpoint of the same name has replaced."""
+def _is_replaced(path: Path) -> bool:
+    """Whether a checkpoint of the same name has taken its place."""
     return path.name.endswith(REPLACED) and path.with_name(path.name.removesuffix(REPLACED)).exists()
 
 
-def _seems_whole(path: Path) -> bool:
+def _sizes_match(path: Path) -> bool:
     """Whether manifest and sizes are right; every byte was read back when it was written."""
     try:
         load(path, every_byte=False)

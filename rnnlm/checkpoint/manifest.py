@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, read without trust: manifest, sizes, digests, and the types in trainer.json.
+"""What a checkpoint says of itself, read without trust: manifest, sizes, digests, and trainer.json as an object.
 
 The files may come from anywhere, and a digest only tells that they are what their writer meant. So only the expected
 names are opened, none of them through a symbolic link, sizes are compared before anything is read, and every fault is a
@@ -24,14 +24,14 @@ from rnnlm.hashing import json_digest
 
 FORMAT = "rnnlm-checkpoint"
 VERSION = 2
-PARTS = ("model", "optimizer", "hidden")
-FILES = {*(f"{part}.safetensors" for part in PARTS), "trainer.json"}
+GROUPS = ("model", "optimizer", "hidden")
+FILES = {*(f"{group}.safetensors" for group in GROUPS), "trainer.json"}
 JSON_BYTES = 2**20  # of trainer.json, which is a few kilobytes, and of a manifest, which is less
 READ_BYTES = 2**22
 
 
-def spell_manifest(files: Mapping[str, Any]) -> bytes:
-    """A manifest's only spelling, its digest in it."""
+def serialize_manifest(files: Mapping[str, Any]) -> bytes:
+    """The only bytes of a manifest of these files, its digest among them."""
     body = {"format": FORMAT, "version": VERSION, "files": files}
     return json.dumps({**body, "digest": json_digest(body)}, indent=1).encode()
 
@@ -45,11 +45,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     where = path / "manifest.json"
     if path.is_symlink():
         raise CheckpointError(f"{where}: in a directory that is a symbolic link; give the directory itself")
+
     data = _small_file(where)
     body = safetensors_file.parse_object(data, where)
     files = body.get("files")
-    if not isinstance(files, dict) or data != spell_manifest(files):  # of another format or version as well
+    if not isinstance(files, dict) or data != serialize_manifest(files):  # of another format or version as well
         raise CheckpointError(f"{where}: damaged, or not a checkpoint of version {VERSION}")
+
     if not {"trainer.json"} <= {*files} <= FILES:
         raise CheckpointError(f"{where}: lists other files than {', '.join(sorted(FILES))}")
     for entry in files.values():
@@ -62,7 +64,7 @@ def entry_of(path: Path, name: str, manifest: Mapping[str, Any]) -> Mapping[str,
     """What the manifest says of a file.
 
     Raises:
-        CheckpointError: nothing.
+        CheckpointError: it does not list it.
     """
     if name not in manifest:
         raise CheckpointError(f"{path}/manifest.json: does not list {name}")
@@ -109,7 +111,7 @@ def read_state(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _opened(path: Path, name: str, manifest: Mapping[str, Any]) -> Iterator[BufferedReader]:
-    """A file of the size that the manifest tells; what fails while it is read is a CheckpointError."""
+    """A file, which has the size that the manifest says; what fails while it is read is a CheckpointError."""
     expected = entry_of(path, name, manifest)["size"]
     try:
         file, size = files.open_regular(path / name)
@@ -122,6 +124,7 @@ def _opened(path: Path, name: str, manifest: Mapping[str, Any]) -> Iterator[Buff
 
 
 def _small_file(path: Path) -> bytes:
+    """The contents of a file of JSON_BYTES at most."""
     try:
         file, size = files.open_regular(path)
         with file:

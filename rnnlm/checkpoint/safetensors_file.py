@@ -1,13 +1,15 @@
-"""A safetensors file, written and read without a copy: what reading takes is checked before any memory is taken.
+"""A safetensors file, written and read by the library; what a file says is checked before the library sees it.
 
     8 bytes   length of the header, little-endian
     header    JSON: name -> {"dtype": "F32", "shape": [3, 2], "data_offsets": [0, 24]}, offsets from the header's end
     data      the tensors, one behind the other, without gaps
 
-The header is checked against the file's size and, where the caller knows them, against the names, shapes and dtypes
-that must come; then every tensor is read into its own memory while the file's digest is formed. The library would hold
-file and tensors at once, and stop all threads while it copies: training beside it stood still for seconds. The price:
-the format stands here a second time; the tests compare with the library.
+A header is compared with the file's size and, where the caller knows them, with the names, shapes and dtypes that must
+come. Only then does the library read one tensor after the other into memory of its own, so that a file and its tensors
+are never there at once, and the digest is of the very bytes that are used. It writes without a copy, and without
+Python's lock: beside 800 MB another thread waits some ten milliseconds at most, and seconds where they are made into
+bytes first, which takes twice their memory (tools/benchmark_resume.py pause). The price: the library holds the lock
+while it reads a tensor; but nothing trains meanwhile.
 """
 
 from __future__ import annotations
@@ -15,49 +17,69 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+import re
+from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rnnlm.errors import UserError
 
 HEADER_BYTES = 2**24  # a name, shape and offsets take about 100 bytes: room for 100,000 tensors
 JSON_DEPTH = 32
-DTYPES = {  # in the order in which they lie in a file, those of the widest alignment first
+DTYPES = {
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
     "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
 }  # fmt: skip
 Tensors = Mapping[str, Tensor]
+Layout = list[tuple[str, tuple[int, ...], torch.dtype]]  # of the tensors as they lie in a file
 
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another model."""
 
 
-def spell(tensors: Tensors) -> Iterator[bytes | memoryview]:
-    """The file's contents, block by block: the very bytes that safetensors.torch.save gives."""
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    order = {dtype: place for place, dtype in enumerate(codes)}
-    ordered = sorted(tensors.items(), key=lambda item: (order[item[1].dtype], item[0]))
-    entries, end = {}, 0
-    for name, tensor in ordered:
-        begin, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": codes[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
-    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
-    yield len(header).to_bytes(8, "little") + header
-    for _, tensor in ordered:
-        yield _bytes_of(tensor.detach().cpu().contiguous())
+def write(path: Path, tensors: Tensors) -> None:
+    """Write a file, which is on disk once the caller has synced it.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # the library tells the number of a system's error only in its words
+        if not (number := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+    path.chmod(mode & 0o777)  # the library replaces the file by one that its owner alone may read
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
-    data: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
-    return data
+def checksum(path: Path, tensors: Tensors) -> tuple[int, str]:
+    """The size of a file just written, and the sha256 that it must have: of its header and of the tensors in memory.
+
+    What is damaged on the way to the disk thus differs from it when the file is read back.
+
+    Raises:
+        CheckpointError: the header is not that of these tensors.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header, layout = _read_header(file, size, path)
+    compare(tensors, _without_values(layout), path)
+
+    sha256 = hashlib.sha256(header)
+    for name, _, _ in layout:
+        sha256.update(_bytes_of(tensors[name].detach().cpu().contiguous()))
+    return size, sha256.hexdigest()
 
 
 def read(file: BufferedReader, size: int, where: Path, expected: Tensors | None) -> tuple[dict[str, Tensor], str]:
@@ -71,32 +93,54 @@ def read(file: BufferedReader, size: int, where: Path, expected: Tensors | None)
     Raises:
         CheckpointError: no safetensors file, or one of other tensors; nothing of the data was read.
     """
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > min(HEADER_BYTES, size - 8):
-        raise CheckpointError(f"{where}: a header of {length} bytes in a file of {size}")
-    header = file.read(length)
-    layout = _layout(header, size - 8 - length, where)
-    tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape, dtype in layout}
+    header, layout = _read_header(file, size, where)
     if expected is not None:
-        compare(expected, tensors, where)
-    sha256 = hashlib.sha256(start + header)
+        compare(expected, _without_values(layout), where)
+
+    tensors, sha256 = {}, hashlib.sha256(header)
+    opened = f"/dev/fd/{file.fileno()}"  # this file, whatever has its name by now
     try:
-        for name, shape, dtype in layout:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-            data = _bytes_of(tensors[name])
-            if file.readinto(data) != len(data):
-                raise CheckpointError(f"{where}: shorter than it was when it was opened")
-            sha256.update(data)
-    except (MemoryError, RuntimeError) as error:  # the latter is how torch says so
+        with safe_open(opened, "pt", backend="pread") as library:  # mapped, values could change after they are hashed
+            for name, shape, dtype in layout:
+                announced = library.get_slice(name)
+                if (announced.get_shape(), DTYPES.get(announced.get_dtype())) != ([*shape], dtype):
+                    raise CheckpointError(f"{where}: changed while it was read")
+                tensors[name] = library.get_tensor(name)
+                sha256.update(_bytes_of(tensors[name]))
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{where}: cannot be read ({_short(error)})") from error
+    except MemoryError as error:
         raise CheckpointError(f"{where}: {size} bytes do not fit into memory") from error
     return tensors, sha256.hexdigest()
 
 
-def _layout(header: bytes, data_bytes: int, where: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+def _read_header(file: BufferedReader, size: int, where: Path) -> tuple[bytes, Layout]:
+    """All bytes before the data of a file of this size, and the tensors that they announce."""
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(HEADER_BYTES, size - 8):
+        raise CheckpointError(f"{where}: a header of {length} bytes in a file of {size}")
+
+    header = file.read(length)
+    return start + header, _layout(header, size - 8 - length, where)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    data: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _without_values(layout: Layout) -> dict[str, Tensor]:
+    """Tensors of these shapes and dtypes that take no memory."""
+    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape, dtype in layout}
+
+
+def _layout(header: bytes, data_bytes: int, where: Path) -> Layout:
     """(name, shape, dtype) of the tensors as they lie in the file, which they fill to its last byte."""
     entries = parse_object(header, where)
     entries.pop("__metadata__", None)
+
     found, end = [], 0
     try:
         ordered = sorted(entries.items(), key=lambda item: tuple(map(int, item[1]["data_offsets"])))
@@ -104,14 +148,17 @@ def _layout(header: bytes, data_bytes: int, where: Path) -> list[tuple[str, tupl
             dtype, shape, (begin, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
             if not all(type(number) is int and number >= 0 for number in (*shape, begin, stop)):
                 raise ValueError(f"{name}: numbers that are no sizes")
-            if len(shape) > 8 or math.prod(max(1, size) for size in shape) > 2**48:  # with 0 among them as well
+            # a 0 among the sizes would hide the others from the product, and torch would overflow in strides
+            if len(shape) > 8 or math.prod(max(1, size) for size in shape) > 2**48:
                 raise ValueError(f"{name}: a shape beyond all use")
             if begin != end or stop - begin != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name}: its bytes are not those of its shape, behind the tensor before it")
             found.append((name, shape, dtype))
             end = stop
+    # whatever JSON can hold in the place of these dicts, lists and numbers
     except (ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
         raise CheckpointError(f"{where}: its header is no list of tensors ({_short(error)})") from error
+
     if end != data_bytes:
         raise CheckpointError(f"{where}: {data_bytes} bytes of data, not {end}")
     return found
@@ -133,6 +180,7 @@ def parse_object(data: bytes, where: Path) -> dict[str, Any]:
 
 
 def _deeper(value: object, levels: int) -> bool:
+    """Whether JSON is nested more than so many levels deep."""
     if not isinstance(value, dict | list):
         return False
     inner = value.values() if isinstance(value, dict) else value
@@ -150,9 +198,9 @@ def compare(expected: Tensors, found: Tensors, where: Path) -> None:
         CheckpointError: naming the first tensor that differs.
     """
     for name in sorted({*expected, *found}):
-        mine, other = expected.get(name), found.get(name)
-        if mine is None or other is None or (mine.shape, mine.dtype) != (other.shape, other.dtype):
-            raise CheckpointError(f"{where}: tensor {name[:200]} is {_describe(other)}, expected {_describe(mine)}")
+        mine, theirs = expected.get(name), found.get(name)
+        if mine is None or theirs is None or (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+            raise CheckpointError(f"{where}: tensor {name[:200]} is {_describe(theirs)}, expected {_describe(mine)}")
 
 
 def _describe(tensor: Tensor | None) -> str:

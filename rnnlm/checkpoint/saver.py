@@ -1,7 +1,7 @@
 """Checkpoints written beside the training: it waits for the copy to host memory, not for the disk.
 
-One save is in flight at most: the next one waits for it, so host memory holds one copy. What became of a save, a full
-disk as well, is handed out later as a value, for whoever trains to report and go on; only a mistake in the program is
+One save is in flight at most: the next one waits for it, so host memory holds one copy. The result of a save, a full
+disk as well, is returned later as a value, for whoever trains to report and continue; only a mistake in the program is
 raised. The writer is a thread per save and no daemon: Python waits for it at exit, and a save once begun is whole.
 """
 
@@ -24,7 +24,7 @@ from rnnlm.errors import UserError
 
 @dataclass(frozen=True)
 class Saved:
-    """What became of one save."""
+    """The result of one save."""
 
     name: str
     path: Path | None  # None: there is no whole checkpoint of it
@@ -34,18 +34,19 @@ class Saved:
     blocked_seconds: float  # that the caller waited, for the save before and for the copy
 
 
-def host_copy(parts: Mapping[str, Tensors]) -> dict[str, dict[str, Tensor]]:
+def host_copy(groups: Mapping[str, Tensors]) -> dict[str, dict[str, Tensor]]:
     """Copies of the tensors in host memory: what happens to theirs from now on does not matter.
 
     From CUDA into pinned memory, all at once, then one wait for the device.
     """
-    copies = {part: {name: _copy(tensor.detach()) for name, tensor in each.items()} for part, each in parts.items()}
-    for device in {tensor.device for each in parts.values() for tensor in each.values() if tensor.is_cuda}:
+    copies = {group: {name: _copy(tensor.detach()) for name, tensor in each.items()} for group, each in groups.items()}
+    for device in {tensor.device for each in groups.values() for tensor in each.values() if tensor.is_cuda}:
         torch.cuda.synchronize(device)
     return copies
 
 
 def _copy(tensor: Tensor) -> Tensor:
+    """A contiguous copy in host memory, from CUDA not before the device has been waited for."""
     if not tensor.is_cuda:
         return tensor.clone(memory_format=torch.contiguous_format)
     # not empty_like, which would keep strides that a checkpoint does not
@@ -66,27 +67,27 @@ class Saver:
         self._finished: list[Saved] = []
         self._mistake: BaseException | None = None
 
-    def submit(self, names: Sequence[str], parts: Mapping[str, Tensors], state: Mapping[str, Any]) -> list[Saved]:
+    def submit(self, names: Sequence[str], groups: Mapping[str, Tensors], state: Mapping[str, Any]) -> list[Saved]:
         """Wait for the save before, copy the tensors, and write them under each of the names, then prune its prefix.
 
         Args:
             names: each <prefix>-<step>.
-            parts, state: as in checkpoint.save; `state` must not be changed afterwards.
+            groups, state: as in checkpoint.save; `state` must not be changed afterwards.
 
         Returns:
-            What became of earlier saves and was not yet handed out.
+            The results of earlier saves that were not yet returned.
         """
         begin = time.perf_counter()
         finished = self.wait()
-        copies = host_copy(parts)
+        copies = host_copy(groups)
         blocked = time.perf_counter() - begin
 
         def write() -> None:
             try:
-                # what a run goes on from comes last: after a kill before it, the others are made again
+                # what a run resumes from comes last: after a kill before it, the others are written again
                 for name in sorted(names, key=lambda name: name.startswith("step-")):
                     self._finished.append(self._save(name, copies, state, blocked))
-            except BaseException as mistake:
+            except BaseException as mistake:  # for the caller's thread to raise
                 self._mistake = mistake
 
         self._thread = threading.Thread(target=write, name="saving", daemon=False)
@@ -100,27 +101,31 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def poll(self) -> list[Saved]:
-        """What became of saves that are finished and was not yet handed out; does not wait."""
+        """The results of finished saves that were not yet returned; does not wait."""
         return [] if self.busy() else self.wait()
 
     def wait(self) -> list[Saved]:
-        """Wait until nothing is being written; returns what became of it and was not yet handed out."""
+        """Wait until nothing is being written; returns the results that were not yet returned."""
         if self._thread:
             self._thread.join()
             self._thread = None
+
         mistake, self._mistake = self._mistake, None
         if mistake:
             raise mistake
+
         finished, self._finished = self._finished, []
         return finished
 
-    def _save(self, name: str, parts: Mapping[str, Tensors], state: Mapping[str, Any], blocked: float) -> Saved:
+    def _save(self, name: str, groups: Mapping[str, Tensors], state: Mapping[str, Any], blocked: float) -> Saved:
+        """Write one checkpoint, and prune those of its prefix."""
         begin, size, prefix = time.perf_counter(), 0, name.rpartition("-")[0]
         kept = (self.keep_last, self.keep_every_steps) if prefix == "step" else (1, 0)
+
         path: Path | None = None
         error: OSError | UserError | None = None
         try:
-            path = checkpoint.save(self.root, name, parts, state)
+            path = checkpoint.save(self.root, name, groups, state)
             size = sum(file.stat().st_size for file in path.iterdir())
             checkpoint.prune(path, prefix, *kept)
         except UserError as found:  # not finite, or not what was written when it was read back

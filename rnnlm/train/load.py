@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rnnlm.checkpoint.checkpoint import Checkpoint, copy_tensors, load, newest
+from rnnlm.checkpoint.checkpoint import Checkpoint, copy_tensors, find_newest, load
 from rnnlm.checkpoint.safetensors_file import CheckpointError
 from rnnlm.config import Config
 from rnnlm.data.tokenizer import Tokenizer
@@ -24,11 +24,12 @@ def choose(config: Config) -> Path:
     root = Path(config.run.directory) / "checkpoints"
     if config.run.checkpoint == "best":
         try:
-            if (best := newest(root, "best")[0]) is not None:
+            if (best := find_newest(root, "best")[0]) is not None:
                 return best.path
         except CheckpointError as error:
             print(f"warning: {error}; reading the last checkpoint instead", file=sys.stderr, flush=True)
-    last, _ = newest(root, "step")
+
+    last, _ = find_newest(root, "step")
     if last is None:
         raise CheckpointError(f"{root}: no checkpoint yet; train first, or wait for run.save_every_steps")
     return last.path
@@ -40,14 +41,17 @@ def load_model(config: Config, path: Path, device: torch.device) -> tuple[Recurr
     Raises:
         UserError: a checkpoint that does not fit the run's configuration or tokenizer.
     """
-    found = load(path, every_byte=False)
-    check_state(found.state, path)
+    found = load(path, every_byte=False)  # the model is checked as it is read
+    state = check_state(found.state, path)
     tokenizer = None
-    if digest := found.state["tokenizer"]:
-        tokenizer = Tokenizer.load(Path(config.run.directory) / "tokenizer.model", digest)
-    vocab_size = tokenizer.vocab_size if tokenizer else found.state["vocab_size"]
+    if state.tokenizer:
+        tokenizer = Tokenizer.load(Path(config.run.directory) / "tokenizer.model", state.tokenizer)
+
+    # before a model of that size takes memory
+    vocab_size = tokenizer.vocab_size if tokenizer else state.vocab_size
     if vocab_size * config.model.embedding_size > found.bytes("model"):
         raise CheckpointError(f"{path}: a vocabulary of {vocab_size} in a smaller model; give the run its own again")
+
     model = RecurrentLM(config.model, vocab_size, config.train.seed, config.train.loss_chunk_tokens)
     parameters = dict(model.named_parameters())
     copy_tensors(parameters, found.tensors("model", parameters), path)

@@ -108,7 +108,7 @@ def _prepare(config: Config, stream: TokenStream, tokenizer: Tokenizer | None) -
     """Check that the directory is this run's, record the configuration, find the newest whole checkpoint."""
     directory = Path(config.run.directory)
     root = directory / "checkpoints"
-    found, damaged = checkpoint.newest(root, "step")
+    found, damaged = checkpoint.find_newest(root, "step")
     state = check_state(found.state, found.path) if found else None
 
     changed = _changed_fields(config, directory, state)
@@ -121,7 +121,7 @@ def _prepare(config: Config, stream: TokenStream, tokenizer: Tokenizer | None) -
     for error in damaged:
         print(f"warning: {error}; moved away, resuming from an older one", file=sys.stderr, flush=True)
     if found:
-        checkpoint.set_aside(root, "step", found)
+        checkpoint.rename_damaged(root, "step", found)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MARKER).unlink(missing_ok=True)
     files = {"tokenizer.model": tokenizer.model} if tokenizer else {}
@@ -164,12 +164,13 @@ def _check_data(directory: Path, state: TrainerState, stream: TokenStream) -> No
 
 def _origin(config: Config, state: TrainerState, stream: TokenStream, changed: tuple[str, ...]) -> Origin:
     """From where the substreams of this attempt are counted."""
+    recorded = Origin(**state.origin.model_dump())
     if not changed:
-        return state.origin
+        return recorded
 
     before = state.configuration["train"]
     seed = before["seed"] if before["rotate"] else None
-    ring = Ring(stream.tokens, before["global_batch_size"], before["seq_len"], seed, state.origin)
+    ring = Ring(stream.tokens, before["global_batch_size"], before["seq_len"], seed, recorded)
     now = ring.origin_at(state.step)
     if "train.global_batch_size" in changed and now.position:
         epoch_ends = ring.steps_before(now.epoch + 1)

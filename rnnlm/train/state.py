@@ -1,19 +1,84 @@
-"""What trainer.json holds."""
+"""What trainer.json holds, as one typed object, after its checks.
+
+Its keys are a format on disk: what is new gets a default, so that older checkpoints can be read, and what is unknown is
+ignored, so that newer ones can. The price: pydantic takes 0.2 s to import, which only training and loading a model pay.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rnnlm.checkpoint.manifest import _is_count
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
 from rnnlm.checkpoint.safetensors_file import CheckpointError
 from rnnlm.train.guard import SPIKE_WINDOW
-from rnnlm.train.schedule import ValidationMemory
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
-def check_state(state: Mapping[str, Any], path: Path) -> Any:
-    """Check that trainer.json holds what the trainer writes: keys and types; what they say is the caller's to judge.
+class Section(BaseModel):
+    """Exactly these keys, with values of exactly these types; whole numbers pass for floats."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class MemoryState(Section):
+    """The fields of a ValidationMemory."""
+
+    best_loss: float | None
+    best_step: Count
+    evaluations_since_best: Count
+    evaluations_since_cut: Count
+    learning_rate_scale: float
+
+
+class OriginState(Section):
+    """The fields of an Origin."""
+
+    step: Count
+    epoch: Count
+    position: Count
+
+
+class HealthState(Section):
+    """What Guard.to_dict gives."""
+
+    counts: Annotated[list[Count], Field(min_length=3, max_length=3)]
+    resets: Count
+    losses: Annotated[list[float], Field(min_length=SPIKE_WINDOW, max_length=SPIKE_WINDOW)]
+
+
+class TrainerState(Section, extra="ignore"):
+    """All that a checkpoint holds beside tensors."""
+
+    step: Count  # updates done
+    horizon_steps: Count  # the end of the cosine
+    vocab_size: Count
+    processes: Count
+    stream: str  # digest
+    tokenizer: str  # digest; empty: the stream has none
+    memory: MemoryState
+    interval: Annotated[list[Whole], Field(min_length=3, max_length=3)]  # sums of the metrics' line that has begun
+    scaler: dict[str, Whole | float | None]  # of losses in fp16; empty without it
+    configuration: dict[str, dict[str, Any]]  # section -> field -> value, of those that must not change
+    health: HealthState
+    versions: dict[str, str]
+    origin: OriginState
+    layouts: dict[str, str] = {}
+
+    @field_validator("origin")
+    @classmethod
+    def _is_past(cls, origin: OriginState, info: ValidationInfo) -> OriginState:
+        if origin.step > info.data.get("step", 0):
+            raise ValueError("the substreams cannot be counted from a later step")
+        return origin
+
+
+def check_state(state: Mapping[str, Any], path: Path) -> TrainerState:
+    """Check that trainer.json holds what the trainer writes: keys and types; the caller decides what the values mean.
 
     Args:
         path: the checkpoint, for errors.
@@ -21,65 +86,9 @@ def check_state(state: Mapping[str, Any], path: Path) -> Any:
     Raises:
         CheckpointError: naming the first key that is missing or of another type.
     """
-    rules: dict[str, Callable[[Any], bool]] = {
-        **dict.fromkeys(("step", "horizon_steps", "vocab_size", "processes"), _is_count),
-        **dict.fromkeys(("stream", "tokenizer"), lambda value: isinstance(value, str)),
-        "memory": _is_memory,
-        "interval": lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_whole, value)),
-        "scaler": lambda value: _is_dict(value, _is_number),
-        "configuration": lambda value: _is_dict(value, lambda part: isinstance(part, dict)),
-        "health": _is_health,
-        "versions": lambda value: _is_dict(value, lambda part: isinstance(part, str)),
-    }
-    rules["origin"] = lambda value: _is_origin(value) and value["step"] <= state["step"]
-    for key, holds in rules.items():
-        if key not in state or not holds(state[key]):
-            shown = repr(state[key])[:100] if key in state else "not there"
-            raise CheckpointError(f"{path}/trainer.json: {key} is {shown}, which no trainer writes")
-    from types import SimpleNamespace
-
-    from rnnlm.data.ring import Origin
-
-    d = {k: v for k, v in state.items()}
-    d["memory"] = ValidationMemory(**state["memory"])
-    d["origin"] = Origin(**state["origin"])
-    d["health"] = SimpleNamespace(**state["health"])
-    d.setdefault("layouts", {})
-    return SimpleNamespace(**d)
-
-
-TrainerState = Any
-
-
-def _is_memory(value: Any) -> bool:
-    """Whether these are the fields of a ValidationMemory."""
-    fields = ValidationMemory().to_dict()
-    if not _is_dict(value, _is_number) or {*value} != {*fields} or value["learning_rate_scale"] is None:
-        return False
-    return all(_is_count(value[key]) for key, default in fields.items() if type(default) is int)
-
-
-def _is_origin(value: Any) -> bool:
-    """Whether these are the fields of an Origin."""
-    return _is_dict(value, _is_count) and value.keys() == {"step", "epoch", "position"}
-
-
-def _is_health(value: Any) -> bool:
-    """Whether these are the fields of Health."""
-    lists = {"counts": (3, _is_count), "losses": (SPIKE_WINDOW, lambda loss: type(loss) is float)}
-    if not isinstance(value, dict) or value.keys() != {*lists, "resets"} or not _is_count(value["resets"]):
-        return False
-    found = ((value[key], size, holds) for key, (size, holds) in lists.items())
-    return all(isinstance(each, list) and len(each) == size and all(map(holds, each)) for each, size, holds in found)
-
-
-def _is_whole(value: object) -> bool:
-    return type(value) is int and -(2**63) <= value < 2**63
-
-
-def _is_number(value: object) -> bool:
-    return value is None or type(value) is float or _is_whole(value)
-
-
-def _is_dict(value: object, holds: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(map(holds, value.values()))
+    try:
+        return TrainerState.model_validate(state)
+    except ValidationError as error:
+        key = str(error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"][0])
+        shown = repr(state[key])[:100] if key in state else "not there"
+        raise CheckpointError(f"{path}/trainer.json: {key} is {shown}, which no trainer writes") from error

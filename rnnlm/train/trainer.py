@@ -58,7 +58,7 @@ class Trainer:
         state = run.state  # of the checkpoint to resume from; None at the beginning
         self.step = state.step if state else 0  # updates done, and so the data position
         self.horizon = state.horizon_steps if state else config.optim.horizon_steps or self.total_steps
-        self.memory = state.memory if state else ValidationMemory()
+        self.memory = ValidationMemory(**state.memory.model_dump()) if state else ValidationMemory()
         self.train_step = TrainStep(config, streams.train.manifest.vocab_size, accelerator, run.first, run.last)
         self.continuity = ContinuityCheck(streams.train, run.ring, run.first, run.last)
         self._restore()

@@ -8,7 +8,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from rnnlm import files
-from rnnlm.checkpoint.checkpoint import load, names, newest, prune, save, set_aside
+from rnnlm.checkpoint.checkpoint import find_newest, list_checkpoints, load, prune, rename_damaged, save
 
 Operation = tuple[str, Path, Any]
 
@@ -131,10 +131,14 @@ def watch(patch: pytest.MonkeyPatch, log: list[Operation]) -> None:
 
     honest_write = files.write
 
-    def write(path: Path, blocks: Iterable[bytes]) -> None:
-        data = b"".join(blocks)
-        log.append(("write", path, data))
-        honest_write(path, [data])
+    def write(path: Path, fill: Callable[..., object], *contents: Any) -> None:
+        """Whoever fills a file, a library as well: it is one write of its contents, and is synced after it."""
+
+        def logged_fill(path: Path) -> None:
+            fill(path, *contents)
+            log.append(("write", path, path.read_bytes()))
+
+        honest_write(path, logged_fill)
 
     kinds = {"fsync": "sync", "rename": "rename", "unlink": "remove", "rmdir": "remove", "mkdir": "make"}
     for name, kind in kinds.items():
@@ -177,10 +181,10 @@ def lives_of_a_run(root: Path, log: list[Operation]) -> Iterator[tuple[str, Save
         yield "begun", (prefix, step, value)
         if prefix == "aside":
             yield "damaged", ("step", step, 8.0)
-            files.write(root / f"step-{step:08d}/model.safetensors", [b"damaged"])
-            good, damaged = newest(root, "step")
+            files.write(root / f"step-{step:08d}/model.safetensors", Path.write_bytes, b"damaged")
+            good, damaged = find_newest(root, "step")
             assert good and damaged
-            set_aside(root, "step", good)
+            rename_damaged(root, "step", good)
         else:
             written = write(root, prefix, step, value)
             yield "done", (prefix, step, value)
@@ -199,10 +203,10 @@ def lay_out(root: Path, state: dict[str, bytes | None]) -> None:
 def check_newest(root: Path, prefix: str, known: Known) -> None:
     """All are whole, but for one damaged on purpose; the newest is the last done, or may have come after it."""
     if not any(kind == "aside" for kind, _, _ in known.maybe):
-        for path in names(root, prefix):
+        for path in list_checkpoints(root, prefix):
             load(path)  # what is half deleted is not there
     allowed = [(step, value) for kind, step, value in known.maybe if kind == prefix] + known.done[prefix][-1:]
-    found, _ = newest(root, prefix)
+    found, _ = find_newest(root, prefix)
     if found is None:
         assert not known.done[prefix], f"{known.done[prefix][-1]} was done, and nothing is there"
         return
@@ -243,9 +247,9 @@ def survive(root: Path, state: dict[str, bytes | None], known: Known) -> None:
     checkpoints, later = root / "checkpoints", Known()
     for prefix in ("step", "best"):
         check_newest(checkpoints, prefix, known)
-        found, _ = newest(checkpoints, prefix)
+        found, _ = find_newest(checkpoints, prefix)
         if found and prefix == "step":
-            set_aside(checkpoints, prefix, found)
+            rename_damaged(checkpoints, prefix, found)
         prune(write(checkpoints, prefix, 90, 99.0), prefix, 2)
         later.learn("done", (prefix, 90, 99.0))
         check_newest(checkpoints, prefix, later)
@@ -273,7 +277,7 @@ def test_fault_01_a_process_killed_while_it_saves(tmp_path: Path, kills: int) ->
         _, status = os.waitpid(child, 0)
         assert os.WTERMSIG(status) == signal.SIGKILL
         for prefix in ("step", "best"):
-            found, damaged = newest(tmp_path, prefix)
+            found, damaged = find_newest(tmp_path, prefix)
             assert not damaged, f"kill {kill}"
             if found:
                 assert (found.tensors("model")["w"] == found.state["step"]).all()

@@ -8,8 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from conftest import environment
 
 from rnnlm import files
 from rnnlm.checkpoint import checkpoint
-from rnnlm.checkpoint.checkpoint import NonFiniteError, load, newest
+from rnnlm.checkpoint.checkpoint import NonFiniteError, find_newest, load
 from rnnlm.checkpoint.safetensors_file import CheckpointError
 from rnnlm.checkpoint.saver import Saver, host_copy
 
@@ -82,7 +82,7 @@ def test_fault_34_its_failure_surfaces_and_training_goes_on(tmp_path: Path, monk
     saver = Saver(tmp_path)
     saver.submit(["step-00000010"], parts(1.0), {"step": 10})
 
-    def full(path: Path, blocks: Iterable[bytes]) -> None:
+    def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     saver.wait()
@@ -108,8 +108,8 @@ def test_fault_34_damaged_on_the_way_to_the_disk_or_not_deletable(
         saver.submit([f"step-{step:08d}"], parts(1.0), {"step": step})
     saver.wait()
 
-    def flipped(path: Path, blocks: Iterable[bytes]) -> None:
-        honest(path, blocks)
+    def flipped(path: Path, *fill: Any) -> None:
+        honest(path, *fill)
         with path.open("r+b") as file:
             file.write(b"x")
 
@@ -157,7 +157,7 @@ def test_fault_34_python_ends_when_the_save_in_flight_is_whole(tmp_path: Path, e
     script = (
         "import sys, time, torch\nfrom pathlib import Path\nfrom rnnlm import files\n"
         "from rnnlm.checkpoint.saver import Saver\n"
-        "honest = files.write\nfiles.write = lambda path, data: (time.sleep(0.1), honest(path, data))\n"
+        "honest = files.write\nfiles.write = lambda *arguments: (time.sleep(0.1), honest(*arguments))\n"
         "saver = Saver(Path(sys.argv[1]))\n"
         "saver.submit(['step-00000010'], {'model': {'w': torch.ones(3)}}, {'step': 10})\n" + end
     )
@@ -165,7 +165,7 @@ def test_fault_34_python_ends_when_the_save_in_flight_is_whole(tmp_path: Path, e
         [sys.executable, "-c", script, str(tmp_path)], env=environment(), capture_output=True, timeout=120, check=False
     )
     assert done.returncode == (75 if "exit" in end else 1), done.stderr
-    found, damaged = newest(tmp_path, "step")
+    found, damaged = find_newest(tmp_path, "step")
     assert found
     assert not damaged
 
