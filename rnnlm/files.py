@@ -62,7 +62,7 @@ def write_file(path: Path, data: bytes, alone: bool = False) -> None:
         alone: nobody else writes there; the temporary name is always the same, so that a kill leaves one at most.
     """
     partial = path.with_name(f"{path.name}.partial") if alone else temporary_path(path)
-    write(partial, [data])
+    write(partial, Path.write_bytes, data)
     rename(partial, path)
 
 

@@ -24,7 +24,7 @@ from rnnlm.data.substreams import SubstreamDataset
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.train.load import load_model
-from rnnlm.train.run import mark
+from rnnlm.train.run import mark_preempted
 
 TEXT = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
 NUMPY, PYTORCH = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
@@ -117,7 +117,7 @@ def test_every_field_of_a_stream_is_documented(tmp_path: Path, tokenizer: Tokeni
 def test_every_field_of_a_run_is_documented(run: Path) -> None:
     for kind in ("start", "train", "valid"):
         assert documented(kind) | {"kind"} == {*records(run, kind)[0]}, kind
-    mark(run, "SIGTERM", 4, 4)
+    mark_preempted(run, "SIGTERM", 4, 4)
     assert documented("preempted.json") == fields_of(run / "preempted.json")
 
     checkpoint = run / "checkpoints/step-00000004"

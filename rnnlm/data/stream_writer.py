@@ -77,7 +77,7 @@ def commit(partial: Path, directory: Path, manifest: Manifest) -> Manifest:
     for leftover in partial.glob(".*"):  # of a worker that was killed
         leftover.unlink()
 
-    files.write(partial / "stream.json", [manifest.to_json().encode()])
+    files.write(partial / "stream.json", Path.write_bytes, manifest.to_json().encode())
     TokenStream(partial)  # checks all sizes
     files.sync(partial)
     files.rename(partial, directory)

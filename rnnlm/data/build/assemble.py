@@ -213,7 +213,7 @@ class Assembly:
             documents_sha256=write_array(partial / "documents.npy", _totals(parts), "<i8", (3,))[1],
             rejected_sha256=self._write_rejected(target, partial / "rejected.jsonl"),
         )
-        files.write(partial / "tokenizer.model", [self.tokenizer.model])
+        files.write(partial / "tokenizer.model", Path.write_bytes, self.tokenizer.model)
         return commit(partial, self.setting.directory(target), manifest)
 
     def _write_rejected(self, target: str, path: Path) -> str:
