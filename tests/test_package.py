@@ -14,7 +14,8 @@ from conftest import ROOT
 import rnnlm
 from rnnlm.config import Config
 from rnnlm.data.stream import TokenStream
-from rnnlm.train.run import fingerprint
+from rnnlm.train.identity import fingerprint
+from rnnlm.train.inputs import Streams
 
 
 def test_the_wheel_holds_all_folders(tmp_path: Path) -> None:
@@ -42,10 +43,10 @@ def test_the_digest_of_the_code_changes_with_any_file(
 ) -> None:
     shutil.copytree(ROOT / "rnnlm", tmp_path / "rnnlm")
     monkeypatch.setattr(rnnlm, "__file__", str(tmp_path / "rnnlm/__init__.py"))
-    before = fingerprint(Config(), train_stream, None)
-    assert before == fingerprint(Config(), train_stream, None)
+    before = fingerprint(Config(), Streams(train_stream, None))
+    assert before == fingerprint(Config(), Streams(train_stream, None))
 
     with (tmp_path / "rnnlm" / name).open("a") as file:
         file.write("# newer\n")
-    after = fingerprint(Config(), train_stream, None)
+    after = fingerprint(Config(), Streams(train_stream, None))
     assert {key for key in before if before[key] != after[key]} == {"code"}

@@ -86,9 +86,9 @@ class ContinuityCheck:
     A loader that shards batches a second time, or skips what was already skipped, gives plausible losses.
     """
 
-    def __init__(self, stream: TokenStream, ring: Ring, first: int, last: int):
+    def __init__(self, stream: TokenStream, ring: Ring, first: int, last: int, step: int):
         self.stream, self.ring, self.first, self.last = stream, ring, first, last
-        self.ended, _ = ring.place(0, first, last)  # (rows,) ring positions
+        self.ended, _ = ring.place(step, first, last)  # (rows,) ring positions
         self._follows: Tokens | None = None  # (rows,) each row's next token; None: ask the stream
 
     def resume_at(self, ended: Positions, step: int, where: Path) -> None:

@@ -60,7 +60,7 @@ class Trainer:
         self.horizon = state.horizon_steps if state else config.optim.horizon_steps or self.total_steps
         self.memory = ValidationMemory(**state.memory.model_dump()) if state else ValidationMemory()
         self.train_step = TrainStep(config, streams.train.manifest.vocab_size, accelerator, run.first, run.last)
-        self.continuity = ContinuityCheck(streams.train, run.ring, run.first, run.last)
+        self.continuity = ContinuityCheck(streams.train, run.ring, run.first, run.last, self.step)
         self._restore()
 
         self.metrics = self._open_metrics()

@@ -23,7 +23,7 @@ from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
 from rnnlm.model.evaluate import evaluate
 from rnnlm.model.language_model import RecurrentLM
-from rnnlm.train.run import open_streams
+from rnnlm.train.inputs import open_streams
 
 
 def assert_ring(stream: TokenStream, tokens: npt.NDArray[Any]) -> None:

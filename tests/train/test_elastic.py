@@ -15,7 +15,7 @@ from rnnlm.data.ring import Ring
 from rnnlm.data.stream import TokenStream
 from rnnlm.errors import UserError
 from rnnlm.files import locked
-from rnnlm.train.run import share
+from rnnlm.train.inputs import substreams_of
 from rnnlm.train.tree_sum import TreeSum
 
 TRAIN = "launch/train.py"
@@ -87,12 +87,14 @@ def test_fault_19_without_slices_losses_stay_within_rounding(
 )
 def test_fault_19_processes_that_do_not_fit_are_refused(options: dict[str, int], processes: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        share(Config(train=TrainConfig(**options)), 0, processes)  # type: ignore[arg-type]
+        substreams_of(Config(train=TrainConfig(**options)), 0, processes)  # type: ignore[arg-type]
 
 
 def test_every_substream_has_one_process() -> None:
     for processes in (1, 2, 4, 16):
-        shares = [share(Config(train=TrainConfig(global_batch_size=48)), each, processes) for each in range(processes)]
+        shares = [
+            substreams_of(Config(train=TrainConfig(global_batch_size=48)), each, processes) for each in range(processes)
+        ]
         assert [row for first, last in shares for row in range(first, last)] == list(range(48))
 
 
@@ -131,7 +133,7 @@ def test_windows_and_substreams_change_only_when_asked_and_every_token_is_used_o
 def test_fault_29_two_runs_in_one_directory_are_refused_and_the_holder_is_named(
     train_here: TrainHere, experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rnnlm.train.trainer.LOCK_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("rnnlm.train.run.LOCK_PATIENCE_SECONDS", 0.1)
     run = tmp_path / "run"
     with locked(run, run / "holder", "run"):
         assert f"{socket.gethostname()}, process {os.getpid()}, " in (run / "holder").read_text()
