@@ -81,3 +81,16 @@ def test_before_a_commit_the_same_checks_run() -> None:
 def test_the_changelog_begins_with_this_version() -> None:
     found = re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     assert found and found[1] == PROJECT["version"]
+
+
+def test_contributing_names_what_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = {path for path in re.findall(r"`([\w/]+(?:/|\.py|\.md|\.toml))`", text) if "/" in path}
+    assert len(paths) > 30
+    for path in paths:
+        assert (ROOT / path).exists() or (ROOT / "rnnlm" / path).exists(), path
+
+    names = re.findall(r"`(?:[\w.]+\.)?(\w+)(?:\([^`]*\))?`", text)
+    sources = "".join(path.read_text() for folder in ("rnnlm", "tests") for path in (ROOT / folder).rglob("*.py"))
+    for name in names:
+        assert re.search(rf"\b{name}\b", sources) or any(name in path for path in paths), name

@@ -10,10 +10,11 @@ from __future__ import annotations
 import gzip
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import PurePosixPath
 from typing import IO
 
-from rnnlm.data.sources import Source, is_streamed
+from rnnlm.data.sources import Source, is_parquet
 from rnnlm.errors import UserError
 
 CHUNK_BYTES = 2**20  # read and handed on at once, about
@@ -37,24 +38,28 @@ def read_chunks(source: Source, offset: int = 0) -> Iterator[bytes]:
         with source.open() as raw:
             if offset:
                 raw.seek(offset)
-            yield from _reader(raw, source.path)
+            decompress = DECOMPRESSORS.get(PurePosixPath(source.path).suffix, _plain)
+            yield from decompress(raw)
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, ValueError) as error:
         raise DamagedError(f"cannot be read to its end: {error}") from error
     except OSError as error:
         raise UserError(f"{source.path}: cannot be read ({error.strerror or error})") from error
 
 
-def _reader(raw: IO[bytes], path: str) -> Iterator[bytes]:
-    """The decompressor that a file's name asks for."""
-    if path.endswith(".zst"):
-        yield from _zstd(raw)
-    elif path.endswith(".gz"):
-        with gzip.GzipFile(fileobj=raw) as file:
-            yield from iter(lambda: file.read1(CHUNK_BYTES), b"")
-    elif path.endswith(".xz"):
-        yield from _xz(raw)
-    else:
-        yield from iter(lambda: raw.read(CHUNK_BYTES), b"")
+def is_streamed(source: Source) -> bool:
+    """Whether a file can only be read from its start."""
+    return is_parquet(source) or PurePosixPath(source.path).suffix in DECOMPRESSORS
+
+
+def _plain(raw: IO[bytes]) -> Iterator[bytes]:
+    """A file that is not compressed."""
+    yield from iter(lambda: raw.read(CHUNK_BYTES), b"")
+
+
+def _gzip(raw: IO[bytes]) -> Iterator[bytes]:
+    """All members of a .gz file."""
+    with gzip.GzipFile(fileobj=raw) as file:
+        yield from iter(lambda: file.read1(CHUNK_BYTES), b"")
 
 
 def _xz(raw: IO[bytes]) -> Iterator[bytes]:
@@ -98,3 +103,8 @@ def _zstd(raw: IO[bytes]) -> Iterator[bytes]:
         size = min(max(64, size * CHUNK_BYTES // max(1, len(chunk))), 2**17)
     if frame is not None:
         raise EOFError("the last zstd frame is cut short")
+
+
+DECOMPRESSORS: dict[str, Callable[[IO[bytes]], Iterator[bytes]]] = {".gz": _gzip, ".xz": _xz, ".zst": _zstd}
+"""By the end of a file's name: an opened file -> its decompressed bytes, in chunks; raises EOFError or ValueError
+where the file is damaged or cut short."""

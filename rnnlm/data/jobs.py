@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rnnlm.config import CorpusConfig
-from rnnlm.data.sources import Source, is_parquet, is_streamed
+from rnnlm.data.decompress import is_streamed
+from rnnlm.data.sources import Source, is_parquet
 from rnnlm.errors import UserError
 
 

@@ -67,11 +67,6 @@ def sources(paths: list[str] | str, key: str) -> list[Source]:
     return [Source(file.path.removeprefix(common).lstrip("/"), size, stamp, file) for file, size, stamp in found]
 
 
-def is_streamed(source: Source) -> bool:
-    """Whether it can only be read from its start."""
-    return is_parquet(source) or source.path.endswith((".gz", ".xz", ".zst"))
-
-
 def is_parquet(source: Source) -> bool:
     """Whether its records are rows of a parquet file."""
     return source.path.endswith(".parquet")

@@ -1,15 +1,14 @@
-"""Recurrent layers against a slow, obvious reference; hashed dropout; initialisation."""
+"""Recurrent layers against a slow, obvious reference; resets within a window; initialisation."""
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 from functools import partial
 
 import pytest
 import torch
 
 from rnnlm.config import ModelConfig
-from rnnlm.model.dropout import dropout, hashed_bits, mix
 from rnnlm.model.layers import STATES, Context, RecurrentLayer, named_generator
 
 CELLS = ("lstm", "gru", "rnn")
@@ -91,62 +90,34 @@ def test_initialisation_by_name() -> None:
     assert torch.equal(layer.weight_hh, other.weight_hh), "another part's size changes nothing"
 
 
-def test_hash_is_pinned() -> None:
-    """Runs are resumed by other versions: the masks of version 1 must stay what they are."""
-    bits = hashed_bits(123456789012345, 2, torch.tensor(10**10), torch.arange(5, 9), 3, 11)
-    assert bits.shape == (3, 4, 11)
-    assert hashlib.sha256(bits.numpy().tobytes()).hexdigest()[:16] == "cacf057a76ff5be3"
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_row_that_resets_within_the_window_starts_anew_alone(cell: str) -> None:
+    layer = layer_of(cell)
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(9, 4, 5, generator=draw, dtype=torch.float64)
+    states = [torch.randn(4, 7, generator=draw, dtype=torch.float64) for _ in STATES[cell]]
+    resets = torch.zeros(9, 4, dtype=torch.bool)
+    resets[0, 0] = resets[3, 1] = resets[3, 2] = resets[8, 1] = True
+    found, after = layer(x, states, Context(resets=resets))
+
+    for row in range(4):
+        own = slice(row, row + 1)
+        begins = resets[:, row].nonzero().flatten().tolist()
+        edges = sorted({0, *begins, 9})
+        carried = [state[own] for state in states]
+        for begin, end in itertools.pairwise(edges):
+            if begin in begins:
+                carried = [torch.zeros_like(state) for state in carried]
+            expected, carried = reference(layer, x[begin:end, own], carried)
+            torch.testing.assert_close(found[begin:end, own], expected, rtol=1e-12, atol=1e-14)
+        for mine, theirs in zip(after, carried, strict=True):
+            torch.testing.assert_close(mine[own], theirs, rtol=1e-12, atol=1e-14)
 
 
-def test_mix_is_the_published_hash_and_a_bijection() -> None:
-    def lowbias32(x: int) -> int:
-        x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
-        x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
-        return x ^ (x >> 16)
-
-    values = torch.arange(-(2**31), 2**31, 2**32 // 5003)
-    expected = [lowbias32(int(value) % 2**32) for value in values]
-    assert [int(value) % 2**32 for value in mix(values.to(torch.int32))] == expected
-    low = torch.arange(2**16, dtype=torch.int32)
-    assert len(mix(low).unique()) == 2**16
-
-
-def test_masks_belong_to_substreams_not_to_ranks() -> None:
-    step, rows = torch.tensor(7), torch.arange(8)
-    whole = hashed_bits(1, 0, step, rows, 5, 6)
-    assert torch.equal(whole[:, 4:], hashed_bits(1, 0, step, rows[4:], 5, 6))
-    assert not torch.equal(whole[:, 4:], hashed_bits(1, 0, step, rows[:4], 5, 6))
-
-
-@pytest.mark.parametrize("coordinate", ["seed", "site", "step", "step's high half", "row"])
-def test_every_coordinate_changes_the_mask(coordinate: str) -> None:
-    change = {name: int(name == coordinate) for name in ("seed", "site", "step", "row")}
-    step = torch.tensor(change["step"] + (2**32 if coordinate == "step's high half" else 0))
-    draws = [
-        hashed_bits(0, 0, torch.tensor(0), torch.tensor([0]), 1, 4096),
-        hashed_bits(change["seed"], change["site"], step, torch.tensor([change["row"]]), 1, 4096),
-    ]
-    agree = (draws[0] < 0) == (draws[1] < 0)
-    assert abs(float(agree.float().mean()) - 0.5) < 5 * 0.5 / 64  # five standard deviations of 4096 fair coins
-
-
-def test_masks_are_fair_and_independent() -> None:
-    keep = (hashed_bits(1, 0, torch.tensor(3), torch.arange(64), 16, 256) >= round(0.2 * 2**32) - 2**31).double()
-    kept = ((keep - 0.8) / 0.4).flatten(0, 1)  # (1024, 256), mean 0 and variance 1 if fair
-    assert abs(float(kept.mean())) < 5 * kept.numel() ** -0.5
-    for size, pairs in ((1024, kept.T @ kept / 1024), (256, kept @ kept.T / 256)):
-        pairs.fill_diagonal_(0)
-        assert 0.9 < float(pairs.std()) * size**0.5 < 1.1
-        assert float(pairs.abs().max()) * size**0.5 < 6.5
-
-
-def test_dropout_scales_and_locks() -> None:
-    x, rows = torch.ones(10, 4, 1000), torch.arange(4)
-    ordinary = dropout(x, 0.25, False, 1, 0, torch.tensor(0), rows)
-    assert set(ordinary.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.75))}
-    assert abs(ordinary.mean().item() - 1) < 0.02
-    assert not torch.equal(ordinary[0], ordinary[1])
-    locked = dropout(x, 0.25, True, 1, 0, torch.tensor(0), rows)
-    assert all(torch.equal(locked[0], locked[t]) for t in range(10))
-    assert not torch.equal(locked[0, 0], locked[0, 1])
-    assert dropout(x, 0.0, False, 1, 0, torch.tensor(0), rows) is x
+def test_nothing_is_written_in_place() -> None:
+    """The states of the window before may still be needed."""
+    for cell in CELLS:
+        layer = layer_of(cell)
+        states = [torch.ones(3, 7, dtype=torch.float64) for _ in STATES[cell]]
+        layer(torch.ones(4, 3, 5, dtype=torch.float64), states, Context())
+        assert all(torch.equal(state, torch.ones_like(state)) for state in states)
