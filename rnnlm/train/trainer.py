@@ -44,7 +44,7 @@ from rnnlm.train.run import (
 from rnnlm.train.schedule import ValidationMemory, learning_rate
 from rnnlm.train.signals import Interrupts
 from rnnlm.train.step import Learner
-from rnnlm.train.watchdog import Watchdog, give_up
+from rnnlm.train.watchdog import Watchdog
 
 PREEMPTED = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again"
 DISK_PATIENCE = 6  # times run.timeout_minutes, so an hour: a disk may be slow where a process may not
@@ -80,7 +80,8 @@ class Trainer:
         self.saver = Saver(self.directory / "checkpoints", config.run.keep_last, config.run.keep_every_steps)
         self.saved_step, self.saved_at = 0, time.monotonic()
         self.wishes = Wishes(self.device)
-        self.watchdog = Watchdog(60 * config.run.timeout_minutes)
+        stacks = self.directory / f"hang-rank-{self.process}.txt"
+        self.watchdog = Watchdog(60 * config.run.timeout_minutes, stacks)
         self.disk_patience = DISK_PATIENCE * self.watchdog.timeout_seconds  # seconds; 0: for ever
         self.preempted = self.wants_save = False
         self.submitted_step = -1  # of the last checkpoint that a run goes on from
@@ -253,7 +254,7 @@ class Trainer:
 
     def give_up_disk(self, also: str = "") -> None:
         """Python itself would wait for a thread that hangs on the disk."""
-        give_up(
+        self.watchdog.abort(
             f"has waited {self.disk_patience:.0f} seconds for a checkpoint to be written ({DISK_PATIENCE} times "
             f"run.timeout_minutes): the disk hangs, or is too slow{also}"
         )
