@@ -34,11 +34,13 @@ class Run:
         if name == "torchrun":
             line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
             line += [str(ROOT / FAULTY), *arguments]
+
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
                 line, stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True,
                 cwd=experiment.parent,
             )  # fmt: skip
+
         until = time.monotonic() + 120
         while not (self.directory / "metrics.jsonl").exists() or len(records(self.directory, "train")) < 3:
             assert self.process.poll() is None and time.monotonic() < until, self.output.read_text()
@@ -98,12 +100,14 @@ def test_fault_08_to_11_a_signal_ends_a_run_at_a_step_and_it_is_saved(
     begun = time.monotonic()
     os.kill(run.process.pid, number)
     run.wait_until_all_gone(60)
+
     assert (run.directory / "preempted.json").exists(), run.output.read_text()
     marker = run.saved()
     print(f"{launcher}, {workers} worker(s), {number.name}: exit code {run.process.returncode}, "
           f"{time.monotonic() - begun:.1f} s, {marker}")  # fmt: skip
     assert marker["step"] == marker["saved_step"] and marker["step"] < 2000  # type: ignore[operator]
     assert run.process.returncode == (75 if launcher == "python" else run.process.returncode) != 0
+
     if launcher == "python":
         done = run_door("launch/train.py", f"--config={experiment}", f"--train.max_steps={marker['step'] + 1}")  # type: ignore[operator]
         assert done.returncode == 0 and f"going on from step {marker['step']}" in done.stderr
