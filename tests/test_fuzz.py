@@ -51,6 +51,7 @@ def mutate_bytes(data: bytes, draw: random.Random) -> bytes:
     for _ in range(draw.randint(1, 4)):
         at = draw.randint(0, min(len(out), 200) if draw.random() < 0.6 else len(out))
         kind, length = draw.randrange(7), draw.choice((1, 2, 4, 8, 16, 100))
+
         if kind == 0 and at < len(out):
             out[at] ^= 1 << draw.randrange(8)
         elif kind == 1:
@@ -121,6 +122,7 @@ class CheckpointFiles:
     def mutate(self, draw: random.Random) -> Files:
         name = draw.choice(sorted(self.files))
         data = self.files[name]
+
         if draw.random() < 0.4:
             data = mutate_bytes(data, draw)
         elif name.endswith(".json"):
@@ -129,6 +131,7 @@ class CheckpointFiles:
             length = int.from_bytes(data[:8], "little")
             header = mutate_json(data[8 : 8 + length], draw)
             data = len(header).to_bytes(8, "little") + header + data[8 + length :]
+
         changed = {name: data}
         return (
             {**changed, "manifest.json": self.sealed({**self.files, **changed}, draw)}
@@ -152,10 +155,10 @@ class CheckpointFiles:
         assert find_newest(directory, "step")
         found = load(path)
         check_state(found.state, path)
-        for part in ("model", "optimizer", "hidden"):
-            tensors = found.tensors(part)
-            assert sum(tensor.nbytes for tensor in tensors.values()) <= found.bytes(part)
-            assert {*found.tensors(part, self.expected)} == {*self.expected}
+        for group in ("model", "optimizer", "hidden"):
+            tensors = found.tensors(group)
+            assert sum(tensor.nbytes for tensor in tensors.values()) <= found.bytes(group)
+            assert {*found.tensors(group, self.expected)} == {*self.expected}
 
 
 class StreamFiles:
@@ -293,7 +296,8 @@ def fuzz(reader: Any, root: Path, seeds: range) -> tuple[Counter[str], list[str]
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in reader.files.items():
         (folder / name).write_bytes(data)
-    reader.read(root)
+    reader.read(root)  # what is not mutated is accepted
+
     counts: Counter[str] = Counter()
     faults: list[str] = []
     for seed in seeds:
@@ -301,6 +305,7 @@ def fuzz(reader: Any, root: Path, seeds: range) -> tuple[Counter[str], list[str]
         changed = reader.mutate(random.Random(seed))
         for name, data in changed.items():
             (folder / name).write_bytes(data)
+
         signal.alarm(SECONDS)
         try:
             reader.read(root)
@@ -311,6 +316,7 @@ def fuzz(reader: Any, root: Path, seeds: range) -> tuple[Counter[str], list[str]
             counts["faults"] += 1
             faults.append(f"seed {seed}: {type(error).__name__}: {error}"[:300])
         signal.alarm(0)
+
         for name in changed:
             (folder / name).write_bytes(reader.files[name])
     return counts, faults
@@ -322,7 +328,7 @@ def in_a_process(reader: Any, root: Path, seeds: range) -> tuple[Counter[str], l
     child = os.fork()
     if not child:
         try:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # kills
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # kills, in the middle of a library as well
             os.fsync = lambda handle: None  # type: ignore[assignment]
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             limit = pages * resource.getpagesize() + MEMORY_BYTES
@@ -331,6 +337,7 @@ def in_a_process(reader: Any, root: Path, seeds: range) -> tuple[Counter[str], l
             result.write_text(json.dumps(fuzz(reader, root, seeds)))
         finally:
             os._exit(not result.exists())
+
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         return Counter(faults=1), [f"seed {(root / 'seed').read_text()}: killed by signal {os.WTERMSIG(status)}"]

@@ -160,7 +160,8 @@ def find_newest(root: Path, prefix: str) -> tuple[Checkpoint | None, list[Checkp
 
     if damaged:
         raise CheckpointError(
-            f"{root}: every checkpoint is damaged ({damaged[0]}); to start anew, choose another run.directory"
+            f"{root}: every checkpoint is damaged ({damaged[0]}); "
+            "to start from the beginning, choose another run.directory"
         )
     return None, []
 

@@ -1,6 +1,6 @@
 """What a checkpoint says of itself, read without trust: manifest, sizes, digests, and trainer.json as an object.
 
-The files may come from anywhere, and a digest only tells that they are what their writer meant. So only the expected
+The files may come from anywhere, and a digest only shows that they are what their writer meant. So only the expected
 names are opened, none of them through a symbolic link, sizes are compared before anything is read, and every fault is a
 CheckpointError.
 """

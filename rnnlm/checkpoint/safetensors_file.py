@@ -55,7 +55,7 @@ def write(path: Path, tensors: Tensors) -> None:
     mode = path.stat().st_mode
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # the library tells the number of a system's error only in its words
+    except SafetensorError as error:  # the library gives the number of a system's error only in its words
         if not (number := re.search(r"\(os error (\d+)\)", str(error))):
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

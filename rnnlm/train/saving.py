@@ -18,7 +18,7 @@ from rnnlm.config import RunConfig
 from rnnlm.errors import RunError
 from rnnlm.train.distributed import Accelerator, run_on_main
 from rnnlm.train.metrics import SilentMetrics
-from rnnlm.train.watchdog import Watchdog, abort
+from rnnlm.train.watchdog import Watchdog
 
 DISK_PATIENCE = 6  # times run.timeout_minutes, so an hour: a disk may be slow where a process may not
 
@@ -117,7 +117,7 @@ class Saving:
 
     def _abort(self, also: str = "") -> None:
         """Python itself would wait for a thread that hangs on the disk."""
-        abort(
+        self.watchdog.abort(
             f"has waited {self.disk_patience:.0f} seconds for a checkpoint to be written ({DISK_PATIENCE} times "
             f"run.timeout_minutes): the disk hangs, or is too slow{also}"
         )

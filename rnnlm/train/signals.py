@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, its parent's death, and a watchdog for ranks that hang.
+"""Signals that ask a run to stop, and the death of its launcher.
 
 The first signal is only noted: training stops at the next step's boundary, saves, and leaves a marker. The second, if
 it comes a second or more after the first (a launcher passes on what the terminal has already sent), ends the process
@@ -21,9 +21,10 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Interrupts:
-    """A context in which SIGTERM, SIGINT and SIGUSR1 are wishes. `name`: the first that came, empty before.
+    """A context in which SIGTERM, SIGINT and SIGUSR1 are requests. `name`: the first that came, empty before.
 
-    A thread hears them, since Python's own handlers wait while the main thread is in a collective, perhaps for ever.
+    A thread takes them from a pipe that Python's C handler writes them into: handlers in Python wait while the main
+    thread is in a collective, perhaps for ever.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,8 @@ class Interrupts:
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         threading.Thread(target=self._listen, daemon=True).start()
+
+        # only signals that have a handler are written into the pipe; it need not do anything
         self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, lambda number, frame: None) for number in SIGNALS}
         die_with_launcher()
@@ -47,14 +50,17 @@ class Interrupts:
         os.close(self._pipe[1])  # ends the thread
 
     def _listen(self) -> None:
-        came = 0.0
-        while heard := os.read(self._pipe[0], 1):
-            if heard[0] not in SIGNALS:
+        """Note the first signal, and end the process at the second; an empty read is the end of the context."""
+        first_at = 0.0
+        while received := os.read(self._pipe[0], 1):
+            number = received[0]
+            if number not in SIGNALS:  # another one that has a handler
                 continue
+
             if not self.name:
-                self.name, came = signal.Signals(heard[0]).name, time.monotonic()
-            elif time.monotonic() - came >= ECHO_SECONDS:
-                os._exit(128 + heard[0])  # as the shell spells it
+                self.name, first_at = signal.Signals(number).name, time.monotonic()
+            elif time.monotonic() - first_at >= ECHO_SECONDS:
+                os._exit(128 + number)  # the exit code that shells give it
         os.close(self._pipe[0])
 
 
@@ -68,6 +74,7 @@ def die_with_launcher() -> None:
         launcher = Path(f"/proc/{parent}/cmdline").read_bytes()
     except OSError:  # not Linux
         return
+
     if b"accelerate" in launcher or b"torch" in launcher:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         if os.getppid() != parent:  # it died meanwhile

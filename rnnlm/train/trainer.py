@@ -64,7 +64,8 @@ class Trainer:
         self._restore()
 
         self.metrics = self._open_metrics()
-        self.watchdog = Watchdog(60 * config.run.timeout_minutes)
+        stacks = run.directory / f"hang-rank-{accelerator.process_index}.txt"
+        self.watchdog = Watchdog(60 * config.run.timeout_minutes, stacks)
         self.saving = Saving(run.directory, config.run, accelerator, self.metrics, self.watchdog, self.step)
         self.any_rank, self.clock = AnyRank(accelerator.device), Stopwatch()
 

@@ -1,4 +1,11 @@
-"""A process that hangs ends, and says what it was doing."""
+"""A process that hangs ends, and leaves the stacks of its threads in a file.
+
+A thread of ours notices, says so on stderr, and has faulthandler write the stacks. Where an extension hangs and holds
+Python's lock, no thread of ours gets a turn: a timer of faulthandler, which needs no lock, then writes them and ends
+the process, a few seconds later and without a word on stderr. The file is opened before anything can hang, and while a
+thread of ours gets a turn, no end depends on its disk, which may be what hangs. The price: a timer is a thread, 0.1 ms
+each time it is set, so it is set once a second at most.
+"""
 
 from __future__ import annotations
 
@@ -6,68 +13,89 @@ import faulthandler
 import os
 import threading
 import time
-from typing import NoReturn
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, NoReturn
 
-TELLING_SECONDS = 10.0  # for the stacks; then a process ends, told or not
+EXIT_SECONDS = 10.0  # for stderr and the disk to take the words and the stacks; then a process ends without them
+TIMER_SECONDS = 5.0  # that the timer gives our thread, which can say more
 
 
 class Watchdog:
-    """Ends this process, with the stacks of all its threads, when it has not been told for so long that it is alive."""
+    """Ends this process, with the stacks of all its threads, when its last `beat` is too long ago.
 
-    def __init__(self, timeout_seconds: float):
-        self.timeout_seconds = timeout_seconds
-        self._heard, self._closed = time.monotonic(), threading.Event()
+    Args:
+        timeout_seconds: after which it ends; 0: never.
+        path: of the stacks, a file that stays only where there are some.
+    """
+
+    def __init__(self, timeout_seconds: float, path: Path):
+        self.timeout_seconds, self.path = timeout_seconds, path
+        self._file: IO[bytes] | None = None
+        self._pause = min(1.0, timeout_seconds / 10)
+        self._beat_at, self._timer_at, self._closed = time.monotonic(), -float("inf"), threading.Event()
 
     def start(self) -> None:
         """Watch from now on."""
-        self.beat()
         if self.timeout_seconds:
+            self._file = self._open()
+            self.beat()
             threading.Thread(target=self._watch, daemon=True).start()
 
     def beat(self) -> None:
-        """Work goes on."""
-        self._heard = time.monotonic()
+        """Note that this process is alive."""
+        self._beat_at = time.monotonic()
+        if self._file and self._beat_at - self._timer_at >= self._pause:
+            self._timer_at = self._beat_at
+            late = self.timeout_seconds + 2 * self._pause + TIMER_SECONDS  # after `_watch`, which may be a pause late
+            faulthandler.dump_traceback_later(late, exit=True, file=self._file)
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching, when the file is gone: its disk may hang."""
+        if self._file:
+            with suppress(OSError):
+                if not os.fstat(self._file.fileno()).st_size:
+                    self.path.unlink(missing_ok=True)
+            faulthandler.cancel_dump_traceback_later()
+            self._file.close()
+            self._file = None
         self._closed.set()
 
-    def _watch(self) -> None:
-        while (silent := time.monotonic() - self._heard) <= self.timeout_seconds:
-            if self._closed.wait(min(1.0, self.timeout_seconds / 10)):
-                return
-        abort(
-            f"has done nothing for {silent:.0f} seconds (run.timeout_minutes): it hangs, or waits for a rank that does"
-        )
+    def abort(self, why: str) -> NoReturn:
+        """End this process at once, threads that hang as well; say why, and where their stacks are."""
+        # a full pipe that nobody reads takes no words, and a disk that hangs takes no stacks
+        late = threading.Timer(EXIT_SECONDS, os._exit, (1,))
+        late.daemon = True
+        late.start()
 
-
-def abort(why: str) -> NoReturn:
-    """End this process at once, threads that hang as well; say why, and what each of them was doing."""
-    rank = os.environ.get("RANK", "0")
-    late = threading.Timer(TELLING_SECONDS, os._exit, (1,))  # a full pipe that nobody reads takes nothing more
-    late.daemon = True
-    late.start()
-    try:
-        dump_stacks(f"error: rank {rank} {why}; its stacks:", f"[rank {rank}] ")
-    finally:
+        stderr = 2  # whatever sys.stderr is now
+        message = f"error: rank {os.environ.get('RANK', '0')} {why}"
+        os.write(stderr, f"{message}; its stacks: {self.path}\n".encode())
+        self._dump_stacks(f"{time.ctime()}: {message}\n")
+        late.join()
         os._exit(1)
 
+    def _dump_stacks(self, heading: str) -> None:
+        """Write the stacks of all threads, then end this process.
 
-def dump_stacks(heading: str, prefix: str) -> None:
-    """Print the stacks of all threads on stderr, a prefix before each line.
+        By the timer, at once, since to wait for a disk in faulthandler itself would hold Python's lock.
+        """
+        file = self._file or self._open()
+        file.write(heading.encode())
+        faulthandler.dump_traceback_later(0.001, exit=True, file=file)
 
-    faulthandler writes word by word, so ranks that tell at the same time would tear each other's lines: it writes to
-    memory (no file: a disk that hangs may be the cause), and each line goes out at once.
-    """
-    stderr = 2  # whatever sys.stderr is now
-    os.write(stderr, f"{heading}\n".encode())
-    try:
-        handle = os.memfd_create("stacks")
-    except (AttributeError, OSError):  # not Linux, or no descriptor is left
-        faulthandler.dump_traceback(stderr, all_threads=True)
-        return
-    faulthandler.dump_traceback(handle, all_threads=True)
-    lines = os.pread(handle, os.fstat(handle).st_size, 0).decode(errors="replace").splitlines()
-    os.close(handle)
-    for line in lines:
-        os.write(stderr, f"{prefix}{line}\n".encode())
+    def _open(self) -> IO[bytes]:
+        """The file of the stacks, behind what earlier attempts have left there; stderr where there can be none."""
+        try:
+            return self.path.open("ab", buffering=0)
+        except OSError:
+            return os.fdopen(os.dup(2), "wb", buffering=0)
+
+    def _watch(self) -> None:
+        """Wait for a beat that does not come."""
+        while (silent := time.monotonic() - self._beat_at) <= self.timeout_seconds:
+            if self._closed.wait(self._pause):
+                return
+        self.abort(
+            f"has done nothing for {silent:.0f} seconds (run.timeout_minutes): it hangs, or waits for a rank that does"
+        )

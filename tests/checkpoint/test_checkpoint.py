@@ -107,10 +107,12 @@ def test_fault_05_truncated_empty_and_missing_files(tmp_path: Path, name: str, f
     assert found.state["step"] == 10
 
 
-def test_training_never_starts_anew_by_itself_when_all_are_damaged(tmp_path: Path) -> None:
+def test_nothing_starts_from_the_beginning_by_itself_when_all_are_damaged(tmp_path: Path) -> None:
     (write(tmp_path, 10) / "trainer.json").write_text("{}")
     for _ in range(2):  # the second try must not find an empty directory
-        with pytest.raises(CheckpointError, match="every checkpoint is damaged .*; to start anew, choose another"):
+        with pytest.raises(
+            CheckpointError, match="every checkpoint is damaged .*; to start from the beginning, choose"
+        ):
             find_newest(tmp_path, "step")
 
 

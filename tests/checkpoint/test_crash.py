@@ -69,6 +69,7 @@ class FileSystem:
     def do(self, operation: Operation) -> None:
         """Follow one operation of a program."""
         kind, path, argument = operation
+
         if kind == "sync":
             node = self.node(path)
             if isinstance(node, File):
@@ -76,6 +77,7 @@ class FileSystem:
             else:
                 node.synced, node.pending = dict(node.names), []
             return
+
         parent = self.node(path.parent)
         if kind == "write" and path.name in parent.names:
             parent.names[path.name].__init__(argument)
@@ -150,8 +152,8 @@ Save = tuple[str, int, float]  # prefix, step, the value of all its numbers
 
 
 def write(root: Path, prefix: str, step: int, value: float) -> Path:
-    parts = {part: {"w": torch.full((2, 3), value)} for part in ("model", "optimizer", "hidden")}
-    return save(root, f"{prefix}-{step:08d}", parts, {"step": step, "value": value})
+    groups = {group: {"w": torch.full((2, 3), value)} for group in ("model", "optimizer", "hidden")}
+    return save(root, f"{prefix}-{step:08d}", groups, {"step": step, "value": value})
 
 
 class Known:
@@ -171,20 +173,22 @@ class Known:
             self.maybe.append(what)
 
 
-def lives_of_a_run(root: Path, log: list[Operation]) -> Iterator[tuple[str, Save]]:
-    """Saves with pruning, of which ("begun" or "done", what) is told; in between a damaged one is set aside."""
+def saves_of_a_run(root: Path) -> Iterator[tuple[str, Save]]:
+    """Saves with pruning, each yielded as ("begun" or "done", what); in between a damaged one is renamed."""
     for prefix, step, value in (
         ("step", 10, 1.0), ("best", 10, 2.0), ("step", 20, 3.0), ("step", 30, 4.0), ("step", 30, 5.0),
-        ("best", 30, 6.0), ("step", 40, 7.0), ("step", 50, 8.0), ("aside", 50, 0.0), ("step", 50, 9.0),
+        ("best", 30, 6.0), ("step", 40, 7.0), ("step", 50, 8.0), ("rename", 50, 0.0), ("step", 50, 9.0),
         ("best", 30, 10.0), ("step", 60, 11.0),
     ):  # fmt: skip
         yield "begun", (prefix, step, value)
-        if prefix == "aside":
+
+        if prefix == "rename":
             yield "damaged", ("step", step, 8.0)
             files.write(root / f"step-{step:08d}/model.safetensors", Path.write_bytes, b"damaged")
             good, damaged = find_newest(root, "step")
             assert good and damaged
             rename_damaged(root, "step", good)
+
         else:
             written = write(root, prefix, step, value)
             yield "done", (prefix, step, value)
@@ -202,7 +206,7 @@ def lay_out(root: Path, state: dict[str, bytes | None]) -> None:
 
 def check_newest(root: Path, prefix: str, known: Known) -> None:
     """All are whole, but for one damaged on purpose; the newest is the last done, or may have come after it."""
-    if not any(kind == "aside" for kind, _, _ in known.maybe):
+    if not any(kind == "rename" for kind, _, _ in known.maybe):
         for path in list_checkpoints(root, prefix):
             load(path)  # what is half deleted is not there
     allowed = [(step, value) for kind, step, value in known.maybe if kind == prefix] + known.done[prefix][-1:]
@@ -212,8 +216,8 @@ def check_newest(root: Path, prefix: str, known: Known) -> None:
         return
     key = (found.state["step"], found.state["value"])
     assert key in allowed, f"{key} is none of {allowed}"
-    for part in ("model", "optimizer", "hidden"):
-        assert (found.tensors(part)["w"] == key[1]).all()
+    for group in ("model", "optimizer", "hidden"):
+        assert (found.tensors(group)["w"] == key[1]).all()
 
 
 @pytest.mark.parametrize("mixtures", [1, pytest.param(30, marks=pytest.mark.slow)])
@@ -222,8 +226,10 @@ def test_fault_01_every_crash_point_of_saving_and_pruning(tmp_path: Path, mixtur
     run.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         watch(patch, log)
-        for mark in lives_of_a_run(run / "checkpoints", log):
+        for mark in saves_of_a_run(run / "checkpoints"):
             marks.setdefault(len(log), []).append(mark)
+
+    # what was logged is followed in a model; after each operation the power may fail
     system, known, states = FileSystem(run), Known(), set()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)  # what follows shall be quick, not durable
@@ -235,6 +241,7 @@ def test_fault_01_every_crash_point_of_saving_and_pruning(tmp_path: Path, mixtur
                 if key not in states:
                     states.add(key)
                     survive(tmp_path / f"state{len(states)}", state, known)
+
             if place < len(log):
                 system.do(log[place])
     print(f"{len(log)} operations, {len(states)} distinct states")
@@ -242,7 +249,7 @@ def test_fault_01_every_crash_point_of_saving_and_pruning(tmp_path: Path, mixtur
 
 
 def survive(root: Path, state: dict[str, bytes | None], known: Known) -> None:
-    """The next start after a crash finds what it must, and goes on."""
+    """The next attempt after a crash finds what it must, and saves again."""
     lay_out(root, state)
     checkpoints, later = root / "checkpoints", Known()
     for prefix in ("step", "best"):
@@ -272,10 +279,12 @@ def test_fault_01_a_process_killed_while_it_saves(tmp_path: Path, kills: int) ->
                     prune(write(tmp_path, "best", later, float(later)), "best", 1)
             finally:
                 os._exit(1)
+
         time.sleep(draw.uniform(0.002, 0.3))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WTERMSIG(status) == signal.SIGKILL
+
         for prefix in ("step", "best"):
             found, damaged = find_newest(tmp_path, prefix)
             assert not damaged, f"kill {kill}"

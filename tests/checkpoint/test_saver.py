@@ -1,4 +1,4 @@
-"""Fault 34: saving does not block training, one save is in flight at most, and what fails is told."""
+"""Fault 34: saving does not block training, one save is in flight at most, and what fails is reported."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from rnnlm.checkpoint.safetensors_file import CheckpointError
 from rnnlm.checkpoint.saver import Saver, host_copy
 
 
-def parts(value: float) -> dict[str, dict[str, torch.Tensor]]:
-    return {part: {"w": torch.full((4, 3), value), "t": torch.arange(6.0).reshape(2, 3).T}
-            for part in ("model", "optimizer", "hidden")}  # fmt: skip
+def groups(value: float) -> dict[str, dict[str, torch.Tensor]]:
+    return {group: {"w": torch.full((4, 3), value), "t": torch.arange(6.0).reshape(2, 3).T}
+            for group in ("model", "optimizer", "hidden")}  # fmt: skip
 
 
 class SlowDisk:
@@ -43,14 +43,15 @@ class SlowDisk:
         return path
 
 
-def test_fault_34_training_goes_on_and_what_is_written_is_what_was_there(
+def test_fault_34_training_continues_and_what_is_written_is_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow, saver, tensors = SlowDisk(monkeypatch), Saver(tmp_path), parts(1.0)
+    slow, saver, tensors = SlowDisk(monkeypatch), Saver(tmp_path), groups(1.0)
     assert saver.submit(["step-00000010"], tensors, {"step": 10}) == []
     assert saver.poll() == [], "nothing is finished"
-    tensors["model"]["w"].fill_(2.0)  # training goes on while the disk stands still
+    tensors["model"]["w"].fill_(2.0)  # training continues while the disk stands still
     slow.go.set()
+
     (saved,) = saver.wait()
     assert (saved.name, saved.path, saved.error) == ("step-00000010", tmp_path / "step-00000010", None)
     assert saved.path
@@ -58,29 +59,31 @@ def test_fault_34_training_goes_on_and_what_is_written_is_what_was_there(
     assert saved.seconds > 0
     assert saved.blocked_seconds >= 0
     assert (load(saved.path).tensors("model")["w"] == 1.0).all()
-    assert saver.wait() == saver.poll() == [], "told once"
+    assert saver.wait() == saver.poll() == [], "returned once"
 
 
 def test_fault_34_one_in_flight_and_none_after_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow, saver, told = SlowDisk(monkeypatch), Saver(tmp_path), []
-    saver.submit(["step-00000001"], parts(1.0), {"step": 1})
+    slow, saver, returned = SlowDisk(monkeypatch), Saver(tmp_path), []
+    saver.submit(["step-00000001"], groups(1.0), {"step": 1})
     threading.Timer(0.2, slow.go.set).start()
     begin = time.perf_counter()
     for step in range(2, 7):
-        told += saver.submit([f"step-{step:08d}"], parts(float(step)), {"step": step})
+        returned += saver.submit([f"step-{step:08d}"], groups(float(step)), {"step": step})
         if step == 2:
             assert time.perf_counter() - begin > 0.1, "it waited for the one before"
-    told += saver.wait()
+    returned += saver.wait()
     assert slow.most == 1
-    assert [saved.name for saved in told] == [f"step-{step:08d}" for step in range(1, 7)]
-    assert told[1].blocked_seconds > 0.1 > told[0].blocked_seconds
+    assert [saved.name for saved in returned] == [f"step-{step:08d}" for step in range(1, 7)]
+    assert returned[1].blocked_seconds > 0.1 > returned[0].blocked_seconds
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000006"]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("saving")]
 
 
-def test_fault_34_its_failure_surfaces_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_34_its_failure_is_returned_and_training_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saver = Saver(tmp_path)
-    saver.submit(["step-00000010"], parts(1.0), {"step": 10})
+    saver.submit(["step-00000010"], groups(1.0), {"step": 10})
 
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -88,12 +91,12 @@ def test_fault_34_its_failure_surfaces_and_training_goes_on(tmp_path: Path, monk
     saver.wait()
     with monkeypatch.context() as patch:
         patch.setattr(files, "write", full)
-        assert saver.submit(["step-00000020"], parts(2.0), {"step": 20}) == []
+        assert saver.submit(["step-00000020"], groups(2.0), {"step": 20}) == []
         saver._thread.join()  # type: ignore[union-attr]
-    (failed,) = saver.submit(["step-00000030"], parts(float("nan")), {"step": 30})
+    (failed,) = saver.submit(["step-00000030"], groups(float("nan")), {"step": 30})
     assert (failed.name, failed.path) == ("step-00000020", None)
     assert isinstance(failed.error, OSError)
-    (failed,) = saver.submit(["step-00000040"], parts(4.0), {"step": 40})
+    (failed,) = saver.submit(["step-00000040"], groups(4.0), {"step": 40})
     assert isinstance(failed.error, NonFiniteError)
     (saved,) = saver.wait()
     assert saved.path == tmp_path / "step-00000040"
@@ -105,7 +108,7 @@ def test_fault_34_damaged_on_the_way_to_the_disk_or_not_deletable(
 ) -> None:
     saver, honest = Saver(tmp_path), files.write
     for step in (10, 20):
-        saver.submit([f"step-{step:08d}"], parts(1.0), {"step": step})
+        saver.submit([f"step-{step:08d}"], groups(1.0), {"step": step})
     saver.wait()
 
     def flipped(path: Path, *fill: Any) -> None:
@@ -115,7 +118,7 @@ def test_fault_34_damaged_on_the_way_to_the_disk_or_not_deletable(
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "write", flipped)
-        saver.submit(["step-00000030"], parts(1.0), {"step": 30})
+        saver.submit(["step-00000030"], groups(1.0), {"step": 30})
         (saved,) = saver.wait()
     assert saved.path is None
     assert isinstance(saved.error, CheckpointError)
@@ -126,7 +129,7 @@ def test_fault_34_damaged_on_the_way_to_the_disk_or_not_deletable(
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "delete", refused)
-        saver.submit(["step-00000040"], parts(1.0), {"step": 40})
+        saver.submit(["step-00000040"], groups(1.0), {"step": 40})
         (saved,) = saver.wait()
     assert saved.path == tmp_path / "step-00000040", "it is whole, and counts as saved"
     assert isinstance(saved.error, PermissionError)
@@ -134,19 +137,19 @@ def test_fault_34_damaged_on_the_way_to_the_disk_or_not_deletable(
 
 def test_fault_34_a_mistake_in_the_program_is_raised(tmp_path: Path) -> None:
     saver = Saver(tmp_path)
-    saver.submit(["step-00000010"], parts(1.0), {"step": {1, 2}})  # no JSON
+    saver.submit(["step-00000010"], groups(1.0), {"step": {1, 2}})  # no JSON
     with pytest.raises(TypeError, match="not JSON serializable"):
         saver.wait()
     assert saver.wait() == []
-    saver.submit(["step-00000020"], parts(1.0), {"step": 20})
+    saver.submit(["step-00000020"], groups(1.0), {"step": 20})
     assert saver.wait()[0].path
 
 
 def test_the_same_bytes_as_written_at_once(tmp_path: Path) -> None:
     saver = Saver(tmp_path / "beside")
-    saver.submit(["step-00000010"], parts(1.5), {"step": 10})
+    saver.submit(["step-00000010"], groups(1.5), {"step": 10})
     (saved,) = saver.wait()
-    other = checkpoint.save(tmp_path / "at-once", "step-00000010", parts(1.5), {"step": 10})
+    other = checkpoint.save(tmp_path / "at-once", "step-00000010", groups(1.5), {"step": 10})
     assert saved.path
     for file in sorted(other.iterdir()):
         assert (saved.path / file.name).read_bytes() == file.read_bytes()
@@ -171,11 +174,11 @@ def test_fault_34_python_ends_when_the_save_in_flight_is_whole(tmp_path: Path, e
 
 
 def test_copies_share_no_memory() -> None:
-    tensors = parts(1.0)
+    tensors = groups(1.0)
     copies = host_copy(tensors)
-    for part, each in tensors.items():
+    for group, each in tensors.items():
         for name, tensor in each.items():
-            copy = copies[part][name]
+            copy = copies[group][name]
             assert torch.equal(copy, tensor)
             assert copy.is_contiguous()
             assert copy.data_ptr() != tensor.data_ptr()
@@ -189,21 +192,21 @@ def test_copies_of_device_tensors_are_pinned_and_complete() -> None:
     tensors = {"model": {"large": large, "turned": large.T, "scalar": torch.tensor(2.5, device="cuda")},
                "optimizer": {"step": torch.tensor(3.0)}}  # fmt: skip
     copies = host_copy(tensors)
-    expected = {part: {name: tensor.cpu() for name, tensor in each.items()} for part, each in tensors.items()}
+    expected = {group: {name: tensor.cpu() for name, tensor in each.items()} for group, each in tensors.items()}
     large.zero_()
-    for part, each in expected.items():
+    for group, each in expected.items():
         for name, tensor in each.items():
-            assert torch.equal(copies[part][name], tensor), name
-            assert copies[part][name].is_contiguous()
+            assert torch.equal(copies[group][name], tensor), name
+            assert copies[group][name].is_contiguous()
     assert copies["model"]["large"].is_pinned()
 
 
-def test_what_a_run_goes_on_from_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a kill between the two, the best one is made again; the other way round it would be lost for good."""
+def test_what_a_run_resumes_from_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill between the two, the best one is written again; the other way round it would be lost for good."""
     order, honest = [], checkpoint.save
     monkeypatch.setattr(
         checkpoint, "save", lambda root, name, *rest: (order.append(name), honest(root, name, *rest))[1]
     )
     saver = Saver(tmp_path)
-    saver.submit(["step-00000010", "best-00000010"], parts(1.0), {"step": 10})
+    saver.submit(["step-00000010", "best-00000010"], groups(1.0), {"step": 10})
     assert [saved.name for saved in saver.wait()] == order == ["best-00000010", "step-00000010"]

@@ -121,7 +121,7 @@ def test_fault_30_a_sealed_file_that_is_no_list_of_tensors(tmp_path: Path, data:
 
 
 def test_fault_30_no_more_memory_than_is_expected(tmp_path: Path) -> None:
-    """A sparse file of a terabyte, which the manifest and the header both claim, costs nothing."""
+    """A sparse file of a terabyte, which the manifest and the header both announce, costs nothing."""
     path, size = write(tmp_path, 10), 2**40
     header = with_header({"w": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}})
 
@@ -133,7 +133,7 @@ def test_fault_30_no_more_memory_than_is_expected(tmp_path: Path) -> None:
         load(path, every_byte=False).tensors("model", {"w": torch.empty(3, 2, device="meta")})
 
 
-@pytest.mark.parametrize("how", ["another file of that name", "the same file written anew", "other values"])
+@pytest.mark.parametrize("how", ["another file of that name", "the same file, written again", "other values"])
 def test_fault_30_a_file_that_changes_while_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -149,7 +149,7 @@ def test_fault_30_a_file_that_changes_while_it_is_read(
             (tmp_path / "other").write_bytes(larger)
             (tmp_path / "other").rename(file)
         else:
-            file.write_bytes(larger if how == "the same file written anew" else good[:-1] + b"x")
+            file.write_bytes(larger if how == "the same file, written again" else good[:-1] + b"x")
         return honest(*arguments, **options)
 
     monkeypatch.setattr(safetensors_file, "safe_open", change)
