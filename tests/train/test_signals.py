@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Door, command, environment, records
+from conftest import ROOT, RunScript, command, environment, records
 
 FAULTY = "tests/train/faulty_train.py"
 LAUNCHERS = ("python", "accelerate 1", "accelerate 2", "torchrun 2")
@@ -28,7 +28,7 @@ class Run:
         arguments = [
             "slow", str(slow_ms), f"--config={experiment}", "--train.max_steps=2000", "--train.epochs=999",
             "--run.log_every_steps=1", "--run.save_every_steps=2000", "--eval.every_steps=2000",
-            f"--train.prefetch_workers={workers}",
+            f"--train.prefetch_threads={workers}",
         ]  # fmt: skip
         line = command(FAULTY, *arguments, processes=int(processes or 0))
         if name == "torchrun":
@@ -93,7 +93,7 @@ def started() -> Iterator[list[Run]]:
     ],
 )  # fmt: skip
 def test_fault_08_to_11_a_signal_ends_a_run_at_a_step_and_it_is_saved(
-    experiment: Path, started: list[Run], launcher: str, workers: int, number: signal.Signals, run_door: Door
+    experiment: Path, started: list[Run], launcher: str, workers: int, number: signal.Signals, run_script: RunScript
 ) -> None:
     run = Run(experiment, launcher, workers)
     started.append(run)
@@ -109,7 +109,7 @@ def test_fault_08_to_11_a_signal_ends_a_run_at_a_step_and_it_is_saved(
     assert run.process.returncode == (75 if launcher == "python" else run.process.returncode) != 0
 
     if launcher == "python":
-        done = run_door("launch/train.py", f"--config={experiment}", f"--train.max_steps={marker['step'] + 1}")  # type: ignore[operator]
+        done = run_script("launch/train.py", f"--config={experiment}", f"--train.max_steps={marker['step'] + 1}")  # type: ignore[operator]
         assert done.returncode == 0 and f"resuming from step {marker['step']}" in done.stderr
         assert not (run.directory / "preempted.json").exists()
 
@@ -130,15 +130,17 @@ def test_fault_13_a_second_signal_stops_at_once_but_an_echo_of_the_first_does_no
     assert not (run.directory / "preempted.json").exists()
 
 
-def test_fault_14_a_rank_that_raises_ends_all_and_says_why_once(experiment: Path, run_door: Door) -> None:
+def test_fault_14_a_rank_that_raises_ends_all_and_says_why_once(experiment: Path, run_script: RunScript) -> None:
     begun = time.monotonic()
-    done = run_door(FAULTY, "error", "3", f"--config={experiment}", processes=2)
+    done = run_script(FAULTY, "error", "3", f"--config={experiment}", processes=2)
     assert done.returncode != 0 and time.monotonic() - begun < 60
     assert done.stderr.count("ZeroDivisionError: a fault of the last process") == 1
 
 
-def test_fault_15_a_rank_that_hangs_ends_all_with_stacks(experiment: Path, run_door: Door, tmp_path: Path) -> None:
-    done = run_door(FAULTY, "hang", "3", f"--config={experiment}", "--run.timeout_minutes=0.1", processes=2)
+def test_fault_15_a_rank_that_hangs_ends_all_with_stacks(
+    experiment: Path, run_script: RunScript, tmp_path: Path
+) -> None:
+    done = run_script(FAULTY, "hang", "3", f"--config={experiment}", "--run.timeout_minutes=0.1", processes=2)
     assert done.returncode != 0
     why = r"^error: rank 1 has done nothing for \d+ seconds \(run.timeout_minutes\).*; its stacks: (.*)$"
     found = re.search(why, done.stderr, re.M)
@@ -149,10 +151,10 @@ def test_fault_15_a_rank_that_hangs_ends_all_with_stacks(experiment: Path, run_d
 
 
 @pytest.mark.slow
-def test_fault_15_a_slow_disk_is_no_hang(experiment: Path, run_door: Door, tmp_path: Path) -> None:
+def test_fault_15_a_slow_disk_is_no_hang(experiment: Path, run_script: RunScript, tmp_path: Path) -> None:
     """All ranks wait for a save that takes longer than run.timeout_minutes, and for the last one at the end."""
     options = (f"--config={experiment}", "--run.timeout_minutes=0.1", "--run.save_every_steps=5")
-    done = run_door(FAULTY, "disk", "2000", *options, processes=2)
+    done = run_script(FAULTY, "disk", "2000", *options, processes=2)
     assert done.returncode == 0, done.stderr
     waiting = "warning: waiting until the checkpoint before is written"
     assert f"{waiting}; save less often, or on a faster disk\n" in done.stderr, done.stderr
@@ -164,12 +166,12 @@ def test_fault_15_a_slow_disk_is_no_hang(experiment: Path, run_door: Door, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize(("also", "value"), [("", ""), ("nan+", "-7+")], ids=["while training", "after another fault"])
 def test_fault_15_a_disk_that_hangs_ends_the_run(
-    experiment: Path, run_door: Door, tmp_path: Path, also: str, value: str
+    experiment: Path, run_script: RunScript, tmp_path: Path, also: str, value: str
 ) -> None:
     """The lock is held until then: no other attempt may write beside a thread that still does."""
     options = (f"--config={experiment}", "--run.timeout_minutes=0.02", "--run.save_every_steps=5")
     ended = ("--train.stop_after_skipped=2", "--run.log_every_steps=1") if also else ()
-    done = run_door(FAULTY, f"{also}disk", f"{value}60000", *options, *ended)
+    done = run_script(FAULTY, f"{also}disk", f"{value}60000", *options, *ended)
     assert done.returncode == 1
     assert ("it was about to end: the last 2 steps had losses" in done.stderr) == bool(also)
     assert "has waited 7 seconds for a checkpoint to be written (6 times run.timeout_minutes)" in done.stderr
