@@ -49,7 +49,7 @@ class Manifest:
     words: int
     unknown_tokens: int  # always 0 with byte fallback; a foreign tokenizer may lose text
     records: Mapping[str, int]  # read = kept + empty + duplicate + rejected, each rejection under its reason
-    mended: int  # documents kept with U+FFFD in place of invalid UTF-8; elsewhere they are called repaired
+    mended: int  # documents repaired: kept with U+FFFD in place of invalid UTF-8
     source: Mapping[str, Any]  # what it was built from: same source, same stream
     shards: list[dict[str, Any]]  # name, tokens, sha256
     documents_sha256: str

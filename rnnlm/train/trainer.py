@@ -147,6 +147,7 @@ class Trainer:
         """
         report, tokens = self.train_step.report(), self.ring.targets_before(self.step)
         self.saving.report()
+
         line = {
             "step": self.step,
             "tokens": tokens,
