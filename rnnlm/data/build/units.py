@@ -153,8 +153,8 @@ class _Writer:
         item = None
         try:
             try:
-                if self.encoder.why_not:
-                    raise OverflowError(self.encoder.why_not)
+                if self.encoder.why_whole:
+                    raise OverflowError(self.encoder.why_whole)
                 for ids, words in self.encoder.encode_long(parts(), self.config.corpus.max_whole_bytes):
                     self.tokens.write(ids.data)
                     sizes += [len(ids), 0, words]
