@@ -326,7 +326,7 @@ def segment_words(
         if place < end or size == bare:
             continue
 
-        # its characters are the first symbols; white space among them was made by a rule, and might part the word
+        # its characters are the first symbols; white space among them was made by a rule, and might split the word
         symbols, plain, place = 0, True, 0
         while place < size and symbols < MAX_BPE_BYTES:
             lead = text[place]

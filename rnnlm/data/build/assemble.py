@@ -2,8 +2,8 @@
 
     unit files --(spill, find, drop)--(spill, gather)--> shards, documents.npy --> stream.json, rename
 
-Every task writes one file under a temporary name and renames it: what has its name is not made again. The price: where
-a task needs two files, the second one alone says that both are there.
+Every task is known by one file, which it writes under a temporary name and renames: what has its name is not made
+again. The price: a task of two files (a shard and its entry in the manifest) is repeated if it died between them.
 """
 
 from __future__ import annotations

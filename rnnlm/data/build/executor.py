@@ -92,7 +92,7 @@ class WorkerPool:
             self._executor = self._executor or self.make()
             try:
                 future = self._executor.submit(function, context, tasks[0])
-            except BrokenExecutor:  # found out only now; what was running will say so too
+            except BrokenExecutor:  # found out only now; the futures that are running will raise it too
                 self._shut_down()
                 if is_new:
                     raise  # a new one is broken at once: so would the next be
