@@ -3,12 +3,13 @@
     python tools/benchmark_build.py my.txt --model streams/my/tokenizer.model
     python tools/benchmark_build.py data.jsonl --document jsonl --model streams/my/tokenizer.model --check
 
-Every contestant runs in a process of its own, in rounds, one after the other, so that all meet the same neighbours;
-medians are printed. Libraries and our encoder get documents that are in memory already, the libraries only a sample,
-since they keep no memory of what they saw; a build reads the files and writes streams. Hugging Face and tiktoken, where
-installed, use a byte-level BPE of the same size, trained on the sample: other tokens, the same work. MB are millions of
-bytes of text; memory is anonymous memory of the largest worker, and of the parent. --check encodes every document by
-SentencePiece alone and compares the sha256 of all tokens with the stream's. Prints a table for the README.
+Each measurement runs in a process of its own, in rounds, one after the other, so that all share the machine with the
+same neighbours; medians are printed. Libraries and our encoder get documents that are in memory already, the libraries
+only a sample, since they keep no memory of what they saw; a build reads the files and writes streams. Hugging Face and
+tiktoken, where installed, use a byte-level BPE of the same size, trained on the sample: other tokens, the same work. MB
+are millions of bytes of text; memory is anonymous memory of the largest worker, and of the parent. --check encodes
+every document by SentencePiece alone and compares the sha256 of all tokens with the stream's. Prints a table for the
+README.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -39,6 +41,7 @@ from rnnlm.data.stream import TokenStream
 from rnnlm.data.tokenizer import Tokenizer
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # tiktoken's own for its gpt2
+Measured = dict[tuple[str, int], list[dict[str, Any]]]  # of each row, what it found in each round
 
 
 def config_of(options: argparse.Namespace, directory: str = "") -> Config:
@@ -71,56 +74,61 @@ def byte_level(documents: list[bytes], vocab_size: int) -> Any:
     """Hugging Face's byte-level BPE, trained on the sample."""
     import tokenizers
 
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator((document.decode() for document in documents[::4]), trainer)
-    return made
+    tokenizer.train_from_iterator((document.decode() for document in documents[::4]), trainer)
+    return tokenizer
 
 
-def rival(options: argparse.Namespace, name: str) -> dict[str, float]:
+def library(options: argparse.Namespace, name: str) -> dict[str, float]:
     """One library on the sample."""
     tokenizer = Tokenizer.load(options.model)
     documents = list(texts(options, options.sample_mb * 10**6))
     decoded, size = [document.decode() for document in documents], sum(map(len, documents))
+
     if name == "sentencepiece":
         return timed(lambda each: [tokenizer.encode(text) for text in each], decoded, size)
     if name == "threads":
         processor = tokenizer._processor
         return timed(lambda each: processor.encode(each, num_threads=options.cores), decoded, size)
+
     hugging = byte_level(documents, tokenizer.vocab_size)
     if name == "tokenizers":
         return timed(lambda each: hugging.encode_batch(each), decoded, size)
+
     import tiktoken
 
-    spelt = {character: byte for byte, character in enumerate(_gpt2_alphabet())}
-    ranks = {bytes(spelt[c] for c in piece): rank for piece, rank in hugging.get_vocab().items()}
+    byte_of = {character: byte for byte, character in enumerate(_gpt2_alphabet())}
+    ranks = {bytes(byte_of[c] for c in piece): rank for piece, rank in hugging.get_vocab().items()}
     encoding = tiktoken.Encoding("sample", pat_str=GPT2, mergeable_ranks=ranks, special_tokens={})
     return timed(lambda each: [encoding.encode_ordinary(text) for text in each], decoded, size)
 
 
 def _gpt2_alphabet() -> list[str]:
-    """How byte-level vocabularies spell bytes: printable ones as themselves, others from U+0100 on."""
+    """The character that byte-level vocabularies write for each byte: a printable one itself, others from U+0100 on."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
 
 
-def encoder(options: argparse.Namespace) -> dict[str, float]:
+def our_encoder(options: argparse.Namespace) -> dict[str, float]:
     """Our encoder over the whole corpus, on one core; the first 10 MB are the cold start, the second half is steady."""
-    made = Encoder(Tokenizer.load(options.model))
-    made.encode([b"compile the kernels"])
+    encoder = Encoder(Tokenizer.load(options.model))
+    encoder.encode([b"compile the kernels"])
+
     times, sizes, waiting, size = [], [], [], 0
     for document in chain(texts(options), [b""]):
         waiting.append(document)
         size += len(document)
         if size >= 10**6 or not document:
             started = time.perf_counter()
-            made.encode(waiting)
+            encoder.encode(waiting)
             times.append(time.perf_counter() - started)
             sizes.append(size / 1e6)
             waiting, size = [], 0
+
     half = len(times) // 2
     spans = {"speed": slice(0, None), "cold": slice(0, 10), "steady": slice(half, None)}
     return {name: sum(sizes[span]) / sum(times[span]) for name, span in spans.items()}
@@ -155,6 +163,7 @@ def build(options: argparse.Namespace) -> dict[str, Any]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
+
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         started = time.perf_counter()
         manifest = Build(config_of(options, directory), Tokenizer.load(options.model)).run(lambda size: None)["train"]
@@ -164,6 +173,7 @@ def build(options: argparse.Namespace) -> dict[str, Any]:
         stream, sha256 = TokenStream(Path(directory) / "train"), hashlib.sha256()
         for index in range(len(manifest.shards)):
             sha256.update(stream.shard(index).data)
+
     parent = peaks.pop(os.getpid())
     return {
         "speed": manifest.text_bytes / 1e6 / seconds, "seconds": seconds, "parent": parent / 2**20,
@@ -177,6 +187,7 @@ def check(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer, sha256 = Tokenizer.load(options.model), hashlib.sha256()
     dtype, batch = Encoder(tokenizer).dtype, list[str]()
     size, seconds = 0, 0.0
+
     for document in texts(options):
         batch.append(document.decode())
         size += len(document)
@@ -186,13 +197,14 @@ def check(options: argparse.Namespace) -> dict[str, Any]:
                 sha256.update(np.array(ids, dtype).data)
             seconds += time.perf_counter() - started
             batch = []
+
     for ids in tokenizer.encode_each(batch, add_eos=True):
         sha256.update(np.array(ids, dtype).data)
     return {"speed": size / 1e6 / max(seconds, 1e-9), "sha256": sha256.hexdigest()}
 
 
-def one(name: str, workers: int) -> dict[str, Any]:
-    """Run a contestant in a process of its own."""
+def run_alone(name: str, workers: int) -> dict[str, Any]:
+    """Run one measurement in a process of its own."""
     arguments = [sys.executable, __file__, *sys.argv[1:], "--one", name, "--workers", str(workers)]
     environ = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=False, env=environ)
@@ -202,8 +214,8 @@ def one(name: str, workers: int) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    """Run all contestants in rounds and print the table, or run the one that is named."""
+def parse_options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", help="the text; read whole by ours, a sample of it by the others")
     parser.add_argument("--model", required=True, help="a tokenizer.model")
@@ -213,46 +225,65 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", help="where builds are written and removed again; default: the system's")
     parser.add_argument("--check", action="store_true", help="also compare every token with SentencePiece's")
+
+    # how this script runs itself
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.cores = len(os.sched_getaffinity(0))
-    contestants = {"encoder": encoder, "build": build, "check": check}
-    if options.one:
-        found = contestants[options.one](options) if options.one in contestants else rival(options, options.one)
-        print(json.dumps(found))
-        return
+    return options
+
+
+def list_rows() -> dict[tuple[str, int], str]:
+    """The title of each measurement that is possible here, by its name and number of workers."""
     rows = {
         ("sentencepiece", 1): "SentencePiece, a call per document",
         ("threads", 1): "SentencePiece, its own threads",
     }
-    for library in ("tokenizers", "tiktoken"):
-        try:
-            __import__(library)
-        except ImportError:
-            continue
-        rows[library, 1] = {"tokenizers": "Hugging Face tokenizers, one thread", "tiktoken": "tiktoken"}[library]
-    rows |= {("encoder", 1): "rnnlm's encoder, one core", ("build", 1): "rnnlm build, 1 worker"}
-    rows[("build", 2)] = "rnnlm build, 2 workers"
-    measured: dict[tuple[str, int], list[dict[str, Any]]] = {row: [] for row in rows}
+    for name, title in {"tokenizers": "Hugging Face tokenizers, one thread", "tiktoken": "tiktoken"}.items():
+        with suppress(ImportError):
+            __import__(name)
+            rows[name, 1] = title
+    return {
+        **rows,
+        ("encoder", 1): "rnnlm's encoder, one core",
+        ("build", 1): "rnnlm build, 1 worker",
+        ("build", 2): "rnnlm build, 2 workers",
+    }
+
+
+def main() -> None:
+    """Run all measurements in rounds and print the table, or run the one that is named."""
+    options = parse_options()
+    ours = {"encoder": our_encoder, "build": build, "check": check}
+    if options.one:
+        found = ours[options.one](options) if options.one in ours else library(options, options.one)
+        print(json.dumps(found))
+        return
+
+    rows = list_rows()
+    measured: Measured = {row: [] for row in rows}
     for _ in range(options.rounds):
         for row in rows:
-            measured[row].append(one(*row))
-    report(rows, measured, options)
+            measured[row].append(run_alone(*row))
+    print_table(rows, measured, options)
+    print_comparisons(measured)
+    print_digests(measured, options.check)
 
 
-def report(
-    rows: dict[tuple[str, int], str], measured: dict[tuple[str, int], list[dict[str, Any]]], options: Any
-) -> None:
-    """Print the table, and what else was found."""
+def median(measured: Measured, row: tuple[str, int], key: str = "speed") -> float:
+    """The median over the rounds."""
+    return statistics.median(found[key] for found in measured[row])
 
-    def median(row: tuple[str, int], key: str = "speed") -> float:
-        return statistics.median(found[key] for found in measured[row])
 
-    def ratio(row: tuple[str, int], other: tuple[str, int]) -> float:  # round by round: neighbours come and go
-        pairs = zip(measured[row], measured[other], strict=True)
-        return statistics.median(mine["speed"] / theirs["speed"] for mine, theirs in pairs)
+def ratio(measured: Measured, row: tuple[str, int], other: tuple[str, int], key: str = "speed") -> float:
+    """The median of what one is of the other, round by round: neighbours come and go."""
+    pairs = zip(measured[row], measured[other], strict=True)
+    return statistics.median(mine[key] / theirs["speed"] for mine, theirs in pairs)
 
+
+def print_table(rows: dict[tuple[str, int], str], measured: Measured, options: argparse.Namespace) -> None:
+    """Print the table for the README."""
     built = measured["build", 1][0]
     print(
         f"{built['bytes'] / 1e6:,.0f} MB of text in {built['documents']:,} documents, {built['tokens']:,} tokens; "
@@ -260,20 +291,30 @@ def report(
     )
     print("| | MB/s | times SentencePiece | memory of a worker, of the parent |\n|---|---|---|---|")
     for row, title in rows.items():
-        memory = f"{median(row, 'worker'):.0f} MiB, {median(row, 'parent'):.0f} MiB" if row[0] == "build" else ""
-        print(f"| {title} | {median(row):.1f} | {ratio(row, ('sentencepiece', 1)):.1f} | {memory} |")
-    cold, steady = median(("encoder", 1), "cold"), median(("encoder", 1), "steady")
+        memory = ""
+        if row[0] == "build":
+            memory = f"{median(measured, row, 'worker'):.0f} MiB, {median(measured, row, 'parent'):.0f} MiB"
+        times = ratio(measured, row, ("sentencepiece", 1))
+        print(f"| {title} | {median(measured, row):.1f} | {times:.1f} | {memory} |")
+
+
+def print_comparisons(measured: Measured) -> None:
+    """Print how the encoder begins and becomes steady, and what a second worker brings."""
+    cold, steady = (median(measured, ("encoder", 1), key) for key in ("cold", "steady"))
     print(f"\nencoder: first 10 MB {cold:.1f} MB/s, second half of the text {steady:.1f} MB/s", end="")
-    for row in rows:
+    for row in measured:
         if row[0] in ("sentencepiece", "tiktoken"):
-            pairs = zip(measured["encoder", 1], measured[row], strict=True)
-            print(f", {statistics.median(m['steady'] / r['speed'] for m, r in pairs):.1f} times {row[0]}", end="")
-    efficiency = ratio(("build", 2), ("build", 1)) / 2
+            print(f", {ratio(measured, ('encoder', 1), row, 'steady'):.1f} times {row[0]}", end="")
+    efficiency = ratio(measured, ("build", 2), ("build", 1)) / 2
     print(f"\ntwo workers: {efficiency:.0%} of twice one worker's speed")
+
+
+def print_digests(measured: Measured, check: bool) -> None:
+    """Print the sha256 of all tokens; with `check` also SentencePiece's, and exit 1 if they differ."""
     digests = {found["sha256"] for row in (("build", 1), ("build", 2)) for found in measured[row]}
     print(f"sha256 of all tokens, every build: {', '.join(sorted(digests))}")
-    if options.check:
-        plain = one("check", 1)
+    if check:
+        plain = run_alone("check", 1)
         same = "the same" if {plain["sha256"]} == digests else "NOT THE SAME"
         print(f"by SentencePiece alone, every document: {plain['sha256']}: {same}; {plain['speed']:.1f} MB/s")
         sys.exit({plain["sha256"]} != digests)

@@ -6,10 +6,10 @@
 Each row is an input that is written, built by tools/build_stream.py with two workers, and removed again with its
 stream, before the next one. The peak is that of anonymous memory, polled every 20 ms, of the parent and of the largest
 of its descendants; where there is one job only, the parent does it itself. `large` is for memory, not for speed: its
-text repeats. Long documents are just shorter than the limits of the corpus section, so that
-nothing is refused; pages of parquet, which are read whole, hold a megabyte. A
-build that fails shows its last lines; the others go on, and the exit code is 1. `large` takes about 12 GB of disk;
---quick divides sizes and counts by a hundred, which shows that the rows work, not what they need.
+text repeats. Long documents are just shorter than the limits of the corpus section, so that nothing is refused; pages
+of parquet, which are read whole, hold a megabyte. A build that fails shows its last lines, the other rows are still
+measured, and the exit code is 1. `large` takes about 12 GB of disk; --quick divides sizes and counts by a hundred,
+which shows that the rows work, not what they need.
 """
 
 import argparse
@@ -96,7 +96,7 @@ ROWS = {
 
 
 def opened(path: Path) -> Any:
-    """The file, for writing what is compressed as its suffix says."""
+    """The file, open for writing; what is written is compressed in the way of its suffix."""
     if path.suffix == ".zst":
         import zstandard
 
@@ -108,23 +108,24 @@ def opened(path: Path) -> Any:
 
 def write(path: Path, content: Iterable[bytes]) -> int:
     """Write the file; in parquet each block is a row. How many bytes of text it holds."""
-    size, parts = 0, iter(content)
+    size, items = 0, iter(content)
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
         schema = pyarrow.schema([("text", pyarrow.string())])
-        first = next(parts)
-        parts = chain([first], parts)
+        first = next(items)
+        items = chain([first], items)
         # what is read is a page, whole, and a page has this many rows at least: by default 1,024
         with pyarrow.parquet.ParquetWriter(path, schema, write_batch_size=max(1, 2**20 // len(first))) as writer:
-            while rows := list(islice(parts, GROUP_BYTES // len(first))):
+            while rows := list(islice(items, GROUP_BYTES // len(first))):
                 writer.write_table(pyarrow.table([pyarrow.array(rows, pyarrow.string())], schema=schema))
                 size += sum(map(len, rows))
         return size
+
     with opened(path) as file:
-        for part in parts:
-            file.write(part)
-            size += len(part)
+        for block in items:
+            file.write(block)
+            size += len(block)
     return size
 
 
@@ -164,17 +165,19 @@ def report(name: str, row: Row, options: argparse.Namespace) -> bool:
     """Write a row's input, build it, and print its line of the table; whether it was built."""
     model = options.unigram if name == "unigram" else options.model
     given = ["build.workers=2", "stream.valid_fraction=0", *row.options]
-    with tempfile.TemporaryDirectory(dir=options.directory) as made:
-        path, log = Path(made) / f"{name}{row.suffix}", Path(made) / "log"
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        path, log = Path(directory) / f"{name}{row.suffix}", Path(directory) / "log"
         size = write(path, row.content(options.text, 100 if options.quick else 1))
-        places = [f"corpus.train={path}", f"tokenizer.model={model}", f"stream.directory={made}/stream"]
-        door = str(Path(__file__).with_name("build_stream.py"))
+        places = [f"corpus.train={path}", f"tokenizer.model={model}", f"stream.directory={directory}/stream"]
+        script = str(Path(__file__).with_name("build_stream.py"))
+
         started = time.perf_counter()
-        code, parent, worker = measure([sys.executable, door, *(f"--{each}" for each in places + given)], log)
+        code, parent, worker = measure([sys.executable, script, *(f"--{each}" for each in places + given)], log)
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
         if code:
             last = "\n".join(log.read_text(errors="replace").splitlines()[-10:])
             print(f"error: {name}: the build failed with code {code}:\n{last}", file=sys.stderr)
+
     largest = f"{worker / 2**20:.0f}" if worker else "one process"
     within = "yes" if max(worker, parent) <= LIMIT_MIB * 2**20 else "NO"
     found = f"failed | {parent / 2**20:.0f} | NO" if code else f"{largest} | {parent / 2**20:.0f} | {within}"
@@ -192,10 +195,12 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--quick", action="store_true", help="a hundredth of the sizes")
     options = parser.parse_args()
+
     if not options.text.is_file() or not options.text.stat().st_size:
         parser.error(f"{options.text}: no text")
     if "unigram" in (options.only or ()) and not options.unigram:
         parser.error("--only unigram: give --unigram, a unigram model")
+
     names = options.only or [name for name in ROWS if name != "unigram" or options.unigram]
     print(f"| input | size | options | worker MiB | parent MiB | within {LIMIT_MIB} MiB |\n|---|---|---|---|---|---|")
     failed = [name for name in names if not report(name, ROWS[name], options)]

@@ -6,8 +6,8 @@
     python tools/build_stream.py --config configs/mine.yaml --build.task=3/16    # one of 16 tasks; without: the rest
 
 Needs the tokenizer that tools/train_tokenizer.py wrote. Streams appear under their names only when they are whole;
-until then stream.directory/build.partial holds what is done, and the same command goes on. Once more, it says that
-they are there.
+until then stream.directory/build.partial holds what is done, and the same command continues from there. When all
+streams are there, it prints what they are.
 """
 
 import itertools
@@ -27,6 +27,7 @@ def main() -> None:
         print("already built:")
     with progress_bar(itertools.chain(*build.inputs.values()), "building") as progress:
         manifests = build.run(progress)
+
     if not manifests:
         print(
             f"task {config.build.task} is done; when all are, the same command without build.task commits the streams"
@@ -34,7 +35,7 @@ def main() -> None:
     for split, manifest in manifests.items():
         counts = ", ".join(f"{count:,} {reason}" for reason, count in manifest.records.items())
         print(
-            f"{build.setting.directory(split)}: {manifest.tokens:,} tokens, "
+            f"{build.context.stream_path(split)}: {manifest.tokens:,} tokens, "
             f"{manifest.text_bytes / manifest.tokens:.3f} bytes per token, "
             f"{len(manifest.shards)} shard(s); records: {counts}"
         )

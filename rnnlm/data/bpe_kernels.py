@@ -1,8 +1,10 @@
-"""The encoder's kernels: find the words of texts in a table, spell new words by BPE, write out their ids.
+"""Segment a word into the pieces of a BPE model, as SentencePiece does: normalise it, merge its symbols, write its ids.
 
-A word is a key of two 64-bit registers: up to 15 bytes its bytes, its length and its kind; beyond, a hash, and then
-its bytes are compared too. Words are found in blocks, and only then looked up, so that the cache misses of many lookups
-overlap. All arrays belong to the caller; nothing is checked here.
+    " Café"  ->  rules  ->  "▁Café"  ->  symbols  ->  ▁ C a f é  ->  merges  ->  ▁C af é  ->  ids
+
+The model's tables are arrays (BpeTables), built once by tokenizer_rules. Words that are not plain are left to
+SentencePiece: long ones, those with a NUL, those in which a rule makes white space. The kernels check nothing, and
+their inlined helpers take arrays one by one: to hand on a tuple costs a count of references for each of its arrays.
 """
 
 from __future__ import annotations
@@ -11,310 +13,118 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-import numpy.typing as npt
 
-INLINE_BYTES = 15  # words up to this are compared in two registers, longer ones by hash and then byte by byte
-MAX_SPELLED = 160  # bytes of a word that is spelt here; longer ones are SentencePiece's
+from rnnlm.data.word_keys import ODD, Array, U, hash_key, make_key, mix, same_bytes
+from rnnlm.data.word_table import FIRST, LAST, NEW
+
+MAX_BPE_BYTES = 160  # of a word that is segmented here; longer ones are SentencePiece's
 PIECE_BITS = 20  # enough for a million pieces
-BLOCK = 512  # words found before they are looked up together, so that their cache misses overlap
-FIRST, LAST = 1, 2  # what a word's ids may depend on besides its bytes: it opens the text; it is spaces that end it
-Array = npt.NDArray[Any]
-U = np.uint64
-ONES, HIGHS = U(0x0101010101010101), U(0x8080808080808080)
-HASHED = U(0x80) << U(56)  # marks the keys of long words; kind and length of a short one stay below
 HIGH_BITS, LOW_BITS = U(0xFFFFFF) << U(40), (U(1) << U(40)) - U(1)
 
 
-class Speller(NamedTuple):
-    """A BPE model as arrays; pieces are numbered from 1 by their scores, the lowest first."""
+class BpeTables(NamedTuple):
+    """A BPE model as arrays; its P pieces are numbered from 1 by their scores, the lowest first, and 0 is none."""
 
-    table: Array  # open addressing: the high 24 bits of a piece's hash, and its number
-    spellings: Array  # UTF-8 of all pieces
-    ends: Array  # where each ends; 0 for the piece 0 that is not
-    ids: Array
-    single: Array  # (128,) the piece of an ASCII character, or 0
-    double: Array  # (128, 128) the piece of two ASCII characters
-    pairs: Array  # open addressing: two pieces and the one that they make, PIECE_BITS each
-    byte_ids: Array  # (256,), or (0,) without byte fallback
-    ascii: Array  # (128,) what an ASCII character before another one becomes; 0: see the rules
-    units: Array  # normalisation rules: the trie's units, or none
-    targets: Array  # what they write, each ended by 0
-    dummy_prefix: bool
-
-
-@numba.njit(inline="always")
-def _load(data: Array, place: Any) -> Any:
-    """Eight bytes, the first one lowest."""
-    word = U(0)
-    for shift in range(8):
-        word |= U(data[place + shift]) << U(8 * shift)
-    return word
+    piece_slots: Array  # (2^k,) uint64, open addressing: the high 24 bits of a piece's hash, and its number
+    piece_bytes: Array  # (bytes,) uint8, UTF-8 of all pieces, and 24 more bytes
+    piece_ends: Array  # (P + 1,) int64, where each ends in them
+    piece_ids: Array  # (P + 1,) int64, the token of each
+    single: Array  # (128,) int32, the piece of an ASCII character
+    double: Array  # (128, 128) int32, the piece of two ASCII characters
+    merges: Array  # (2^k,) uint64, open addressing: two pieces and the one that they make, PIECE_BITS each
+    byte_ids: Array  # (256,) int64, the token of each byte; (0,) without byte fallback
+    ascii: Array  # (128,) uint8, what an ASCII character before another one becomes; 0: see the rules
+    trie: Array  # (nodes,) int64, the texts that normalisation rules replace, or (0,); see tokenizer_rules
+    replacements: Array  # (bytes,) uint8, what they write instead, each ended by 0
+    dummy_prefix: bool  # a space is put before a text
 
 
 @numba.njit(inline="always")
-def _mix(value: Any) -> Any:
-    """A bijection that spreads every bit over the low ones."""
-    value ^= value >> U(32)
-    value *= U(0xD6E8FEB86659FD93)  # odd, half of its bits set: the same holds for the next two
-    return value ^ (value >> U(32))
-
-
-@numba.njit(inline="always")
-def _hash(low: Any, high: Any) -> Any:
-    return _mix((low * U(0x9E3779B97F4A7C15)) ^ (high * U(0xC2B2AE3D27D4EB4F)))
-
-
-@numba.njit(inline="always")
-def _before_low(word: Any) -> Any:
-    """How many of eight bytes stand before the first that is at most 32; 8 if none is."""
-    low = (word - ONES * U(33)) & ~word & HIGHS  # the lowest flag is exact: no borrow comes from below it
-    below = ((low & (U(0) - low)) - U(1)) >> U(7)
-    return np.int64(((below & ONES) * ONES) >> U(56)) if low != U(0) else 8
-
-
-@numba.njit(inline="always")
-def _word_end(data: Array, place: Any, end: Any, white: Array) -> Any:
-    """The first white byte from `place` on, or `end`."""
-    while place < end:
-        size = _before_low(_load(data, place))
-        place += size
-        if size < 8:
-            if place >= end or white[data[place]]:
-                break
-            place += 1
-    return min(place, end)
-
-
-@numba.njit(inline="always")
-def _key(data: Array, start: Any, end: Any, kind: Any) -> tuple[Any, Any]:
-    """Two registers that stand for a word: its bytes if it is short, else a hash and its length."""
-    length = end - start
-    low = _load(data, start)
-    high = U(0)
-    if length < 8:
-        low &= (U(1) << U(8 * length)) - U(1)
-    elif length > 8:
-        high = _load(data, start + 8)
-        if length <= INLINE_BYTES:
-            high &= (U(1) << U(8 * (length - 8))) - U(1)
-    if length > INLINE_BYTES:
-        value = _mix(low ^ _mix(high + U(length)))
-        for place in range(start + 16, end, 8):
-            word = _load(data, place)
-            if end - place < 8:
-                word &= (U(1) << U(8 * (end - place))) - U(1)
-            value = _mix(value ^ word) + ONES
-        return value, HASHED | U(kind) << U(60) | U(length)
-    return low, high | U(kind << 4 | length) << U(56)
-
-
-@numba.njit(inline="always")
-def _same(data: Array, start: Any, keys: Array, offset: Any, length: Any) -> Any:
-    place = 0
-    while place < length and data[start + place] == keys[offset + place]:
-        place += 1
-    return place == length
-
-
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
-def find_words(
-    data: Array, starts: Array, ends: Array, flags: int, white: Array, keep_runs: bool, marked: bool, table: Array,
-    keys: Array, key_ends: Array, kinds: Array, counts: Array, words: Array, found: Array, block: Array,
-) -> None:  # fmt: skip
-    """Write the entry of each word of each text to `words`, how many to `found`; new words become entries.
-
-    Args: data: texts, each followed by a space, and 24 more spaces; flags: FIRST | LAST, whether the texts open and
-    end their documents; keep_runs: a word begins with the spaces before it; marked: the first word is another key than
-    the same word later; counts: entries and bytes of keys, so far.
-    """
-    mask = U(len(table) - 1)
-    written = 0
-    for text in range(len(starts)):
-        place, end, begun = starts[text], ends[text], written
-        opens = (flags & FIRST) != 0
-        while place < end:
-            filled = 0
-            while filled < BLOCK:
-                run = place
-                while place < end and white[data[place]]:
-                    place += 1
-                if place >= end and (not keep_runs or run == end or (flags & LAST) == 0):
-                    break
-                start = run if keep_runs else place
-                kind = (FIRST if opens and marked else 0) | (LAST if place >= end else 0)
-                opens = False
-                word = _load(data, place)
-                size = _before_low(word)
-                length = place + size - start
-                if length < 8 and size < 8 and white[data[place + size]]:  # most words
-                    if keep_runs:
-                        word = _load(data, start)
-                    block[filled, 0] = word & ((U(1) << U(8 * length)) - U(1))
-                    block[filled, 1] = U(kind << 4 | length) << U(56)
-                    place += size
-                else:
-                    place = _word_end(data, place, end, white)
-                    block[filled, 0], block[filled, 1] = _key(data, start, place, kind)
-                block[filled, 2], block[filled, 3] = U(start), U(place)
-                filled += 1
-            for item in range(filled):  # no branch depends on another word here: the processor looks up many at once
-                slot = np.int64(_hash(block[item, 0], block[item, 1]) & mask)
-                hit = table[slot, 0] == block[item, 0] and table[slot, 1] == block[item, 1]
-                short = block[item, 1] < HASHED
-                words[written + item] = np.int32(table[slot, 2]) if hit and short else np.int32(-1)
-            for item in range(filled):
-                if words[written + item] >= 0:
-                    continue
-                low, high = block[item, 0], block[item, 1]
-                start, stop = np.int64(block[item, 2]), np.int64(block[item, 3])
-                slot = np.int64(_hash(low, high) & mask)
-                while table[slot, 1] != U(0):
-                    entry: Any = np.int64(table[slot, 2])
-                    if table[slot, 0] == low and table[slot, 1] == high:
-                        offset = key_ends[entry - 1] if entry else 0
-                        if high < HASHED or _same(data, start, keys, offset, stop - start):
-                            break
-                    slot = (slot + 1) & np.int64(mask)
-                else:
-                    entry = counts[0]
-                    table[slot, 0], table[slot, 1], table[slot, 2] = low, high, U(entry)
-                    keys[counts[1] : counts[1] + stop - start] = data[start:stop]
-                    counts[0] += 1
-                    counts[1] += stop - start
-                    key_ends[entry] = counts[1]
-                    kinds[entry] = (high >> U(60)) & U(3)
-                words[written + item] = entry
-            written += filled
-            if filled < BLOCK:
-                break
-        found[text] = written - begun
-
-
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
-def keep_first(table: Array, entries: int) -> None:
-    """Rebuild the table with its first entries alone, in place of all: linear probing allows no holes."""
-    kept = np.empty((entries, 3), np.uint64)
-    slot: Any
-    for slot in range(len(table)):
-        if table[slot, 1] != U(0) and table[slot, 2] < U(entries):
-            kept[table[slot, 2]] = table[slot, :3]
-    table[:] = U(0)
-    mask = U(len(table) - 1)
-    for entry in range(entries):
-        slot = np.int64(_hash(kept[entry, 0], kept[entry, 1]) & mask)
-        while table[slot, 1] != U(0):
-            slot = (slot + 1) & np.int64(mask)
-        table[slot, :3] = kept[entry]
-
-
-@numba.njit(inline="always")
-def _piece(text: Array, start: Any, end: Any, speller: Speller) -> Any:
-    """The number of the piece text[start:end], or 0."""
-    low, high = _key(text, start, end, 0)
-    value = _hash(low, high)
-    mask = len(speller.table) - 1
+def _find_piece(text: Array, start: Any, end: Any, piece_slots: Array, piece_bytes: Array, piece_ends: Array) -> Any:
+    """The number of the piece text[start:end], or 0; text (bytes,) uint8, the others as in BpeTables."""
+    low, high = make_key(text, start, end, 0)
+    value = hash_key(low, high)
+    mask = len(piece_slots) - 1
     slot = np.int64(value) & mask
-    while speller.table[slot] != U(0):
-        if ((speller.table[slot] ^ value) & HIGH_BITS) == U(0):
-            entry = np.int64(speller.table[slot] & LOW_BITS)
-            first = speller.ends[entry - 1]
-            if speller.ends[entry] - first == end - start and _same(text, start, speller.spellings, first, end - start):
-                return entry
+
+    while piece_slots[slot] != U(0):
+        if ((piece_slots[slot] ^ value) & HIGH_BITS) == U(0):
+            piece = np.int64(piece_slots[slot] & LOW_BITS)
+            first = piece_ends[piece - 1]
+            same_size = piece_ends[piece] - first == end - start
+            if same_size and same_bytes(text, start, piece_bytes, first, end - start):
+                return piece
         slot = (slot + 1) & mask
     return 0
 
 
 @numba.njit(inline="always")
-def _merged(left: Any, right: Any, pairs: Array) -> Any:
-    """The number of the piece that two pieces make, or 0."""
+def _find_merge(left: Any, right: Any, merges: Array) -> Any:
+    """The number of the piece that two pieces make, or 0; merges as in BpeTables."""
     key = U(left) << U(PIECE_BITS) | U(right)
-    mask = len(pairs) - 1
-    slot = np.int64(_mix(key * U(0x9E3779B97F4A7C15))) & mask
-    while pairs[slot] != U(0):
-        if pairs[slot] >> U(PIECE_BITS) == key:
-            return np.int64(pairs[slot] & U((1 << PIECE_BITS) - 1))
+    mask = len(merges) - 1
+    slot = np.int64(mix(key * ODD)) & mask
+    while merges[slot] != U(0):
+        if merges[slot] >> U(PIECE_BITS) == key:
+            return np.int64(merges[slot] & U((1 << PIECE_BITS) - 1))
         slot = (slot + 1) & mask
     return 0
 
 
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
-def index_pieces(speller: Speller) -> bool:
-    """Fill the tables: each piece's hash and number, and every two pieces that make one.
+@numba.njit(inline="always")
+def _put_merge(merge: Any, merges: Array) -> None:
+    """Put a merge, uint64, into a table of them."""
+    slot = np.int64(mix((merge >> U(PIECE_BITS)) * ODD)) & (len(merges) - 1)
+    while merges[slot] != U(0):
+        slot = (slot + 1) & (len(merges) - 1)
+    merges[slot] = merge
 
-    False if a piece has a character that is no piece: then two symbols might make a piece that is not in `pairs`.
+
+@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+def index_pieces(tables: BpeTables) -> bool:
+    """Fill piece_slots and merges from piece_bytes and piece_ends.
+
+    False if a piece has a character that is no piece: then two symbols might make a piece that is not in `merges`.
     """
-    mask = len(speller.table) - 1
-    for number in range(1, len(speller.ends)):
-        low, high = _key(speller.spellings, speller.ends[number - 1], speller.ends[number], 0)
-        value = _hash(low, high)
+    slots, texts, ends = tables.piece_slots, tables.piece_bytes, tables.piece_ends
+    mask = len(slots) - 1
+    for number in range(1, len(ends)):
+        low, high = make_key(texts, ends[number - 1], ends[number], 0)
+        value = hash_key(low, high)
         slot = np.int64(value) & mask
-        while speller.table[slot] != U(0):
+        while slots[slot] != U(0):
             slot = (slot + 1) & mask
-        speller.table[slot] = (value & HIGH_BITS) | U(number)
-    mask = len(speller.pairs) - 1
-    for number in range(1, len(speller.ends)):
-        start, end = speller.ends[number - 1], speller.ends[number]
+        slots[slot] = (value & HIGH_BITS) | U(number)
+
+    # each piece is cut in two at each of its characters: where both sides are pieces, they merge into it
+    for number in range(1, len(ends)):
+        start, end = ends[number - 1], ends[number]
         begin = start
         for place in range(start + 1, end + 1):
-            if place < end and speller.spellings[place] & 0xC0 == 0x80:
+            if place < end and texts[place] & 0xC0 == 0x80:
                 continue  # inside a character
-            if not _piece(speller.spellings, begin, place, speller):
+            if not _find_piece(texts, begin, place, slots, texts, ends):
                 return False
             begin = place
             if place < end:
-                left = _piece(speller.spellings, start, place, speller)
-                right = _piece(speller.spellings, place, end, speller)
+                left = _find_piece(texts, start, place, slots, texts, ends)
+                right = _find_piece(texts, place, end, slots, texts, ends)
                 if left and right:
                     key = U(left) << U(PIECE_BITS) | U(right)
-                    slot = np.int64(_mix(key * U(0x9E3779B97F4A7C15))) & mask
-                    while speller.pairs[slot] != U(0):
-                        slot = (slot + 1) & mask
-                    speller.pairs[slot] = key << U(PIECE_BITS) | U(number)
+                    _put_merge(key << U(PIECE_BITS) | U(number), tables.merges)
     return True
 
 
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
-def index_pairs(entries: Array, pairs: Array) -> None:
-    """Put the entries of one table of pairs into another."""
-    for entry in entries:
-        slot = np.int64(_mix((entry >> U(PIECE_BITS)) * U(0x9E3779B97F4A7C15))) & (len(pairs) - 1)
-        while pairs[slot] != U(0):
-            slot = (slot + 1) & (len(pairs) - 1)
-        pairs[slot] = entry
-
-
-@numba.njit(inline="always")
-def _normalized(word: Array, place: int, end: int, written: int, out: Array, speller: Speller) -> Any:
-    """Apply the longest rule at `place`, or copy one character; (next place, bytes in `out`)."""
-    units, targets = speller.units, speller.targets
-    longest: Any = 0
-    target: Any = 0
-    if len(units):
-        node = (units[0] >> 10) << ((units[0] & 0x200) >> 6)
-        for reach in range(place, end):
-            node ^= word[reach]
-            if node >= len(units) or (units[node] & 0x800000FF) != word[reach]:
-                break
-            leaf = (units[node] >> 8) & 1
-            node ^= (units[node] >> 10) << ((units[node] & 0x200) >> 6)
-            if leaf:
-                longest, target = reach + 1 - place, units[node] & 0x7FFFFFFF
-    if longest:
-        while targets[target] != 0:
-            out[written] = targets[target]
-            written += 1
-            target += 1
-        return place + longest, written
-    lead = word[place]
-    size = 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-    for step in range(size):
-        out[written + step] = word[place + step]
-    return place + size, written + size
+def copy_merges(found: Array, merges: Array) -> None:
+    """Put the merges found (merges,) uint64 into an empty table (2^k,) uint64."""
+    for merge in found:
+        _put_merge(merge, merges)
 
 
 @numba.njit(inline="always")
 def _count_words(text: Array, start: Any, end: Any) -> Any:
-    """len(text.split()) of str.split: between Unicode's white space; -1 if there is a NUL."""
+    """len(text.split()) of str.split, of text (bytes,) uint8: between Unicode's white space; -1 if there is a NUL."""
     count, inside, place = 0, False, start
     while place < end:
         byte, size, white = text[place], 1, False
@@ -324,160 +134,221 @@ def _count_words(text: Array, start: Any, end: Any) -> Any:
                 return -1
         elif byte < 0xE0:
             size = 2
-            white = byte == 0xC2 and (text[place + 1] == 0x85 or text[place + 1] == 0xA0)
+            white = byte == 0xC2 and (text[place + 1] == 0x85 or text[place + 1] == 0xA0)  # U+0085, U+00A0
         elif byte < 0xF0:
             size = 3
             second, third = text[place + 1], text[place + 2]
-            if byte == 0xE2 and second == 0x80:
+            if byte == 0xE2 and second == 0x80:  # U+2000 ... U+200A, U+2028, U+2029, U+202F
                 white = third <= 0x8A or third == 0xA8 or third == 0xA9 or third == 0xAF
             else:
-                white = (byte == 0xE1 and second == 0x9A and third == 0x80) or (
+                white = (byte == 0xE1 and second == 0x9A and third == 0x80) or (  # U+1680, U+205F, U+3000
                     (byte == 0xE2 and second == 0x81 and third == 0x9F)
                     or (byte == 0xE3 and second == 0x80 and third == 0x80)
                 )
         else:
             size = 4
+
         count += not white and not inside
         inside = not white
         place += size
     return count
 
 
+@numba.njit(inline="always")
+def _apply_rule(
+    word: Array, place: Any, end: Any, out: Array, written: Any, trie: Array, replacements: Array
+) -> tuple[Any, Any]:
+    """Apply the longest rule at word[place], or copy one character, to out[written]; (next place, bytes in out).
+
+    word and out are (bytes,) uint8, trie and replacements as in BpeTables.
+    """
+    longest: Any = 0
+    target: Any = 0
+    if len(trie):
+        node = (trie[0] >> 10) << ((trie[0] & 0x200) >> 6)
+        for reach in range(place, end):
+            node ^= word[reach]
+            if node >= len(trie) or (trie[node] & 0x800000FF) != word[reach]:
+                break
+            is_end = (trie[node] >> 8) & 1  # a rule ends at this node; what it writes stands at the child by byte 0
+            node ^= (trie[node] >> 10) << ((trie[node] & 0x200) >> 6)
+            if is_end:
+                longest, target = reach + 1 - place, trie[node] & 0x7FFFFFFF
+
+    if longest:
+        while replacements[target] != 0:
+            out[written] = replacements[target]
+            written += 1
+            target += 1
+        return place + longest, written
+
+    lead = word[place]
+    size = 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+    for offset in range(size):
+        out[written + offset] = word[place + offset]
+    return place + size, written + size
+
+
+@numba.njit(inline="always")
+def _merge_symbols(
+    text: Array, symbols: Any, begins: Array, piece: Array, after: Array, before: Array, rank: Array,
+    double: Array, merges: Array,
+) -> None:  # fmt: skip
+    """Merge symbols until no two make a piece; piece and after then hold what is left, from symbol 0 on.
+
+    Args:
+        text: (bytes,) uint8.
+        begins: (MAX_BPE_BYTES + 1,) int32, where each symbol begins in text.
+        piece: (MAX_BPE_BYTES + 1,) int32, the piece of each, or 0.
+        after: (MAX_BPE_BYTES + 1,) int32, for use here: the next symbol that is left.
+        before: (MAX_BPE_BYTES + 1,) int32, for use here: the one before.
+        rank: (MAX_BPE_BYTES + 1,) int32, for use here: the piece that it makes with the next one, above 255 - its
+            place, so that the greatest rank is the highest score, and of equals the leftmost; 0 if they make none.
+        double: as in BpeTables.
+        merges: as in BpeTables.
+    """
+    for item in range(symbols):
+        after[item], before[item], rank[item] = item + 1, item - 1, 0
+        if item + 1 < symbols:
+            left, right = text[begins[item]], text[begins[item + 1]]
+            if left < 0x80 and right < 0x80:
+                number = np.int64(double[left, right])
+            else:
+                number = _find_merge(piece[item], piece[item + 1], merges)
+            rank[item] = number << 8 | (255 - item) * (number != 0)
+
+    while True:
+        top = np.int32(0)
+        for item in range(symbols):
+            top = max(top, rank[item])
+        if top == 0:
+            break
+
+        best = np.int64(255 - (top & 255))
+        gone = np.int64(after[best])
+        piece[best] = top >> 8
+        rank[best], rank[gone] = 0, 0
+        following, previous = np.int64(after[gone]), np.int64(before[best])
+        after[best] = following
+
+        if following < symbols:
+            before[following] = best
+            number = _find_merge(piece[best], piece[following], merges)
+            rank[best] = number << 8 | (255 - best) * (number != 0)
+        if previous >= 0:
+            number = _find_merge(piece[previous], piece[best], merges)
+            rank[previous] = number << 8 | (255 - previous) * (number != 0)
+
+
+@numba.njit(inline="always")
+def _write_pieces(
+    text: Array, symbols: Any, begins: Array, piece: Array, after: Array, ids: Array, used: Any,
+    piece_ids: Array, byte_ids: Array,
+) -> Any:  # fmt: skip
+    """Write the ids of the symbols that are left to ids[used:]; where they end, or -1 if one is unknown.
+
+    A symbol that is no piece is written as its bytes. ids is (ids,) uint16 or uint32; text ... after are as in
+    _merge_symbols, piece_ids and byte_ids as in BpeTables.
+    """
+    written, item = used, 0
+    while item < symbols:
+        if piece[item]:
+            ids[written] = piece_ids[piece[item]]
+            written += 1
+        elif len(byte_ids):
+            for place in range(begins[item], begins[after[item]]):
+                ids[written] = byte_ids[text[place]]
+                written += 1
+        else:
+            return -1
+        item = after[item]
+    return written
+
+
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
-def spell_words(
-    keys: Array, key_ends: Array, kinds: Array, first: int, last: int, white: Array, speller: Speller,
+def segment_words(
+    keys: Array, key_ends: Array, kinds: Array, first: int, last: int, white: Array, tables: BpeTables,
     entries: Array, ids: Array, used: int,
 ) -> Any:  # fmt: skip
-    """Encode the new entries that are plain: rules leave no white space in them, pieces are found by BPE's merges.
+    """Find the ids of entries first ... last - 1 that are plain; the others get NEW; returns how many ids are used.
 
     Of two adjacent symbols those whose piece has the highest score become one, the leftmost of equals first, until no
-    two make a piece (Sennrich et al. 2016, section 3.2; SentencePiece's bpe_model.cc). Others get the size -2.
+    two make a piece (Sennrich et al. 2016, section 3.2; SentencePiece's bpe_model.cc).
+
+    Args:
+        keys: (bytes,) uint8, the bytes of all entries of the table of words.
+        key_ends: (entries,) int64, where those of each end.
+        kinds: (entries,) uint8, FIRST | LAST of each.
+        first: the first entry that is new.
+        last: behind the last one.
+        white: (256,) bool, the bytes that are to the model what a space is.
+        tables: the model.
+        entries: (entries, 4) int32, written: of each its first id, number of ids, and words of str.split.
+        ids: (ids,) uint16 or uint32, written from `used` on.
+        used: how many ids there are.
     """
-    text = np.zeros(8 * MAX_SPELLED, np.uint8)
-    begins = np.zeros(MAX_SPELLED + 1, np.int32)  # of symbols
-    after = np.zeros(MAX_SPELLED + 1, np.int32)  # the next one, and
-    before = np.zeros(MAX_SPELLED + 1, np.int32)  # the one before, of those that are left
-    piece = np.zeros(MAX_SPELLED + 1, np.int32)
-    rank = np.zeros(MAX_SPELLED + 1, np.int32)  # the piece that it makes with the next one, above 255 - its own place
+    text = np.zeros(8 * MAX_BPE_BYTES, np.uint8)
+    begins = np.zeros(MAX_BPE_BYTES + 1, np.int32)
+    after, before = np.zeros(MAX_BPE_BYTES + 1, np.int32), np.zeros(MAX_BPE_BYTES + 1, np.int32)
+    piece, rank = np.zeros(MAX_BPE_BYTES + 1, np.int32), np.zeros(MAX_BPE_BYTES + 1, np.int32)
+
     for entry in range(first, last):
         start, end, kind = key_ends[entry - 1] if entry else 0, key_ends[entry], kinds[entry]
-        entries[entry, 1] = -2
-        if end - start > MAX_SPELLED or kind & LAST or used + len(text) > len(ids):  # no room for the longest
+        entries[entry, 1] = NEW
+        if end - start > MAX_BPE_BYTES or kind & LAST or used + len(text) > len(ids):  # no room for the longest
             continue
+
+        # the white space before a word, however it is written, is as many spaces, and one at least
         spaces = 0
         while start < end and white[keys[start]]:
             start, spaces = start + 1, spaces + 1
         if not kind & FIRST:
             spaces = max(spaces, 1)
-        elif speller.dummy_prefix:
+        elif tables.dummy_prefix:
             spaces += 1
         count = _count_words(keys, start, end)
         if count < 0 or spaces > 8:
             continue
+
+        # the rules, most often none: an ASCII character before another one is looked up at once
         size = 0
         for _ in range(spaces):
-            text[size], text[size + 1], text[size + 2] = 0xE2, 0x96, 0x81
+            text[size], text[size + 1], text[size + 2] = 0xE2, 0x96, 0x81  # U+2581, which stands for a space
             size += 3
         bare, place = size, start
-        while place < end and size <= 4 * MAX_SPELLED:
+        while place < end and size <= 4 * MAX_BPE_BYTES:
             byte = keys[place]
-            if byte < 0x80 and speller.ascii[byte] and (place + 1 == end or keys[place + 1] < 0x80):
-                text[size] = speller.ascii[byte]
+            if byte < 0x80 and tables.ascii[byte] and (place + 1 == end or keys[place + 1] < 0x80):
+                text[size] = tables.ascii[byte]
                 place, size = place + 1, size + 1
             else:
-                place, size = _normalized(keys, place, end, size, text, speller)
+                place, size = _apply_rule(keys, place, end, text, size, tables.trie, tables.replacements)
         if place < end or size == bare:
             continue
+
+        # its characters are the first symbols; white space among them was made by a rule, and might split the word
         symbols, plain, place = 0, True, 0
-        while place < size and symbols < MAX_SPELLED:
+        while place < size and symbols < MAX_BPE_BYTES:
             lead = text[place]
             if place >= bare and (lead == 32 or (lead == 0xE2 and text[place + 1] == 0x96 and text[place + 2] == 0x81)):
                 plain = False
             begins[symbols] = place
             place += 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-            piece[symbols] = speller.single[lead] if lead < 0x80 else _piece(text, begins[symbols], place, speller)
+            if lead < 0x80:
+                piece[symbols] = tables.single[lead]
+            else:
+                piece[symbols] = _find_piece(
+                    text, begins[symbols], place, tables.piece_slots, tables.piece_bytes, tables.piece_ends
+                )
             symbols += 1
         if place != size or not plain:
             continue
         begins[symbols] = size
-        for item in range(symbols):
-            after[item], before[item], rank[item] = item + 1, item - 1, 0
-            if item + 1 < symbols:
-                left, right = text[begins[item]], text[begins[item + 1]]
-                if left < 0x80 and right < 0x80:
-                    number = np.int64(speller.double[left, right])
-                else:
-                    number = _merged(piece[item], piece[item + 1], speller.pairs)
-                rank[item] = number << 8 | (255 - item) * (number != 0)
-        while True:
-            top = np.int32(0)
-            for item in range(symbols):
-                top = max(top, rank[item])
-            if top == 0:
-                break
-            best = np.int64(255 - (top & 255))
-            gone = np.int64(after[best])
-            piece[best] = top >> 8
-            rank[best], rank[gone] = 0, 0
-            following, previous = np.int64(after[gone]), np.int64(before[best])
-            after[best] = following
-            if following < symbols:
-                before[following] = best
-                number = _merged(piece[best], piece[following], speller.pairs)
-                rank[best] = number << 8 | (255 - best) * (number != 0)
-            if previous >= 0:
-                number = _merged(piece[previous], piece[best], speller.pairs)
-                rank[previous] = number << 8 | (255 - previous) * (number != 0)
-        written = used
-        item = 0
-        while item < symbols:
-            if piece[item]:
-                ids[written] = speller.ids[piece[item]]
-                written += 1
-            elif len(speller.byte_ids):
-                for place in range(begins[item], begins[after[item]]):
-                    ids[written] = speller.byte_ids[text[place]]
-                    written += 1
-            else:
-                written = -1
-                break
-            item = after[item]
+
+        _merge_symbols(text, symbols, begins, piece, after, before, rank, tables.double, tables.merges)
+        written = _write_pieces(text, symbols, begins, piece, after, ids, used, tables.piece_ids, tables.byte_ids)
         if written < 0:
             continue
         entries[entry, 0], entries[entry, 1], entries[entry, 2] = used, written - used, count
         used = written
     return used
-
-
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
-def write_ids(
-    words: Array, found: Array, entries: Array, ids: Array, eos: int, out: Array, tokens: Array, counted: Array
-) -> Any:  # fmt: skip
-    """Write the ids of all words, and EOS behind each text if >= 0; per text how many ids, and words of str.split.
-
-    A text with an entry whose ids depend on what follows it gets -1 tokens, and no ids.
-    """
-    place = written = 0
-    for text in range(len(found)):
-        begun, total = written, 0
-        for word in words[place : place + found[text]]:
-            first, size = entries[word, 0], entries[word, 1]
-            if size < 0:
-                written, total = begun, 0
-                break
-            for step in range(4):  # four always, more if need be: the usual word then costs no branch
-                out[written + step] = ids[first + step]
-            for step in range(4, size):
-                out[written + step] = ids[first + step]
-            written += size
-            total += entries[word, 2]
-        else:
-            if eos >= 0:
-                out[written] = eos
-                written += 1
-            tokens[text], counted[text] = written - begun, total
-            place += found[text]
-            continue
-        tokens[text], counted[text] = -1, 0
-        place += found[text]
-    return written

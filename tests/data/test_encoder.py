@@ -14,7 +14,8 @@ from conftest import make_text
 from hypothesis import given
 from hypothesis import strategies as st
 
-import rnnlm.data.encoder
+from rnnlm.data import encoder as encoder_module
+from rnnlm.data import word_table
 from rnnlm.data.encoder import Encoder
 from rnnlm.data.tokenizer import Tokenizer
 
@@ -27,9 +28,11 @@ TEXTS = [
 def model(**options: Any) -> Tokenizer:
     """A model trained by SentencePiece itself, on its defaults but for these options."""
     out = io.BytesIO()
-    given: dict[str, Any] = {"vocab_size": 420, "model_type": "bpe", "byte_fallback": True, "hard_vocab_limit": False}
+    defaults: dict[str, Any] = {
+        "vocab_size": 420, "model_type": "bpe", "byte_fallback": True, "hard_vocab_limit": False
+    }  # fmt: skip
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=out, minloglevel=2, **{**given, **options}
+        sentence_iterator=iter(TEXTS), model_writer=out, minloglevel=2, **{**defaults, **options}
     )
     return Tokenizer(out.getvalue())
 
@@ -66,17 +69,17 @@ WHOLE = {
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
-    made = {}
+    found = {}
     for name, options in {**BY_WORDS, **WHOLE}.items():
         options = dict(options)
         if rules := options.pop("rules", None):
             path = tmp_path_factory.mktemp("rules") / "rules.tsv"
-            spelt = [[" ".join(f"{ord(c):x}" for c in side) for side in rule] for rule in rules]
-            path.write_text("".join(f"{source}\t{target}\n" for source, target in spelt))
+            in_hex = [[" ".join(f"{ord(c):x}" for c in side) for side in rule] for rule in rules]
+            path.write_text("".join(f"{source}\t{target}\n" for source, target in in_hex))
             options = {**options, "normalization_rule_tsv": str(path)}
             del options["normalization_rule_name"]
-        made[name] = model(**options)
-    return made
+        found[name] = model(**options)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +90,15 @@ def encoders(tokenizers: dict[str, Tokenizer]) -> dict[str, Encoder]:
 SPACES = " \t\n\r\x0b\x0c\x00\x1c\x1f\x85\xa0\u1680\u2000\u200a\u200b\u200d\u2028\u2029\u202f\u205f\u3000\ufeff\u2581"
 MARKS = "\u0300\u0301\u0308\u0345\u3099\u20dd\ufe0f\u0e33"
 ODD = st.sampled_from(SPACES + MARKS + "¨´¯ﷺﹰ゛‗ﬀİıſKÅẞ<>anebdox.'é")
-PARTS = st.one_of(
+FRAGMENTS = st.one_of(
     st.text(ODD, max_size=6),
     st.text(max_size=8),
     st.sampled_from(["anna sees the cat", " ", "  ", "Zoë", "<user>", "the", "naïve", "a\u2581b", "a b", "ab", "e o"]),
     st.builds(
-        lambda part, times: part * times, st.sampled_from(["ab", "x", " ", "漢", "sees", "é "]), st.integers(1, 90)
+        lambda text, times: text * times, st.sampled_from(["ab", "x", " ", "漢", "sees", "é "]), st.integers(1, 90)
     ),
 )
-DOCUMENTS = st.lists(st.lists(PARTS, max_size=6).map("".join), max_size=5)
+DOCUMENTS = st.lists(st.lists(FRAGMENTS, max_size=6).map("".join), max_size=5)
 
 
 def expected(tokenizer: Tokenizer, texts: list[str]) -> tuple[list[int], list[int], list[int]]:
@@ -105,7 +108,7 @@ def expected(tokenizer: Tokenizer, texts: list[str]) -> tuple[list[int], list[in
 
 def check(encoder: Encoder, texts: list[str]) -> None:
     found = encoder.encode([text.encode() for text in texts])
-    assert tuple(part.tolist() for part in found) == expected(encoder.tokenizer, texts), texts
+    assert tuple(array.tolist() for array in found) == expected(encoder.tokenizer, texts), texts
 
 
 @pytest.mark.parametrize("name", [*BY_WORDS, *WHOLE])
@@ -114,42 +117,46 @@ def test_any_text_has_sentencepieces_ids(encoders: dict[str, Encoder], name: str
     check(encoders[name], texts)
 
 
-def test_models_are_told_apart(encoders: dict[str, Encoder]) -> None:
-    assert {name for name, encoder in encoders.items() if not encoder.why_not} == set(BY_WORDS)
-    assert "unigram" in encoders["unigram"].why_not
-    assert "anna" in encoders["symbols with spaces"].why_not or "a\u2581b" in encoders["symbols with spaces"].why_not
-    assert "rule" in encoders["rules with spaces"].why_not
+def test_models_that_need_whole_texts_are_known(encoders: dict[str, Encoder]) -> None:
+    assert {name for name, encoder in encoders.items() if not encoder.why_whole} == set(BY_WORDS)
+    assert "unigram" in encoders["unigram"].why_whole
+    assert (
+        "anna" in encoders["symbols with spaces"].why_whole or "a\u2581b" in encoders["symbols with spaces"].why_whole
+    )
+    assert "rule" in encoders["rules with spaces"].why_whole
 
 
 @pytest.fixture
 def tiny_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in {"TABLE_SLOTS": 512, "MAX_WORDS": 32, "KEY_BYTES": 256, "BATCH_BYTES": 128}.items():
-        monkeypatch.setattr(rnnlm.data.encoder, name, value)
+    monkeypatch.setattr(encoder_module, "BATCH_BYTES", 128)
+    for name, value in {"TABLE_SLOTS": 512, "MAX_WORDS": 32, "KEY_BYTES": 256}.items():
+        monkeypatch.setattr(word_table, name, value)
     yield
 
 
 @pytest.mark.parametrize("name", ["default", "identity kept", "symbols", "no bytes kept"])
 def test_a_table_that_forgets_changes_nothing(tiny_table: None, tokenizers: dict[str, Tokenizer], name: str) -> None:
     encoder = Encoder(tokenizers[name])
-    for part in range(20):
-        check(encoder, [f"{text} {part * 7}{index}" for index, text in enumerate(make_text(30, seed=part))])
+    for batch in range(20):
+        check(encoder, [f"{text} {batch * 7}{index}" for index, text in enumerate(make_text(30, seed=batch))])
         check(encoder, ["a " * 300, " b" * 100, "word" * 100, " " * 500, "c\u3000 d " * 40, "\u200b " * 60])
-    assert encoder._counts[0] < 128
+    assert encoder._table.counts[0] < 128
 
 
 @pytest.mark.parametrize("name", BY_WORDS)
 @given(text=DOCUMENTS.map(" ".join), cuts=st.lists(st.integers(1, 40), max_size=30))
-def test_a_long_document_may_come_in_any_parts(
+def test_a_long_document_may_come_in_any_blocks(
     encoders: dict[str, Encoder], name: str, text: str, cuts: list[int]
 ) -> None:
-    encoder, parts, rest = encoders[name], [], text
+    encoder, blocks, rest = encoders[name], [], text
     for cut in cuts:
-        parts.append(rest[:cut].encode())
+        blocks.append(rest[:cut].encode())
         rest = rest[cut:]
-    pieces = list(encoder.encode_long(iter([*parts, rest.encode()])))
+
+    found = list(encoder.encode_long(iter([*blocks, rest.encode()])))
     ids, _, words = expected(encoder.tokenizer, [text])
-    assert np.concatenate([ids for ids, _ in pieces]).tolist() == ids
-    assert sum(words for _, words in pieces) == words[0]
+    assert np.concatenate([ids for ids, _ in found]).tolist() == ids
+    assert sum(words for _, words in found) == words[0]
 
 
 def test_characters_that_become_many_bytes_overrun_nothing() -> None:

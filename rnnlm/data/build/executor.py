@@ -1,7 +1,7 @@
-"""Workers: run tasks on any concurrent.futures.Executor, and survive the death of its workers.
+"""Pools of workers: run tasks on any concurrent.futures.Executor, and survive the death of its workers.
 
-A task whose worker dies is tried again, alone, so that it cannot take others with it; the second time it is set aside.
-Ctrl-C lets what has begun end; workers never outlive their parent. The price: a pool that lost one worker is made anew,
+A task whose worker dies is tried again, alone, so that it cannot take others with it; the second time it has failed.
+Ctrl-C lets what has begun end; workers never outlive their parent. The price: a pool that lost one worker is recreated,
 which takes a second.
 """
 
@@ -37,70 +37,83 @@ class Inline(Executor):
         return future
 
 
-class Workers:
-    """Runs tasks on an executor; one whose worker dies is tried again, alone, and the second time set aside."""
+class WorkerPool:
+    """Runs tasks on an executor, which is recreated when one of its workers dies."""
 
-    def __init__(self, make: Callable[[], Executor], width: int, close: Callable[[], None] = lambda: None):
-        self.make, self.width, self.close = make, width, close
+    def __init__(self, make: Callable[[], Executor], workers: int, close: Callable[[], None] = lambda: None):
+        self.make, self.workers, self.close = make, workers, close
         self._executor: Executor | None = None
-        self._running: dict[Future[None], Any] = {}
+        self._running: dict[Future[None], Any] = {}  # the task of each future
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *error: object) -> None:
         for future in self._running:  # what has not begun; what has is let finish
             future.cancel()
-        if self._executor is not None:
-            self._executor.shutdown()
+        self._shut_down()
         self.close()
 
     def run(
         self,
         function: Callable[[Any, Any], None],
-        setting: Any,
+        context: Any,
         tasks: Iterable[Any],
-        done: Callable[[Any], None],
+        on_done: Callable[[Any], None] = lambda task: None,
     ) -> list[Any]:
-        """Run all; calls done(task) after each. The tasks that killed their worker twice.
+        """Call function(context, task) for all tasks, and on_done(task) after each; those that failed twice.
 
         Raises:
             Whatever else a task raises, as soon as it does.
         """
-        waiting, suspects, aside = deque(tasks), deque[Any](), list[Any]()
-        strikes: Counter[int] = Counter()
-        running = self._running
-        while waiting or suspects or running:
-            source, limit = (suspects, 1) if suspects else (waiting, 2 * self.width)
-            while source and len(running) < limit:
-                new = self._executor is None
-                self._executor = self._executor or self.make()
-                try:
-                    future = self._executor.submit(function, setting, source[0])
-                except BrokenExecutor:  # found out only now; what was running will say so too
-                    self._give_up()
-                    if new:
-                        raise  # a new one is broken at once: so would the next be
-                    if running:
-                        break
-                    continue
-                running[future] = source.popleft()
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task = running.pop(future)
-                error = future.exception()
-                if error is None:
-                    done(task)
-                    continue
-                if not isinstance(error, (BrokenExecutor, MemoryError)) and type(error).__name__ != "KilledWorker":
-                    raise error
-                if isinstance(error, BrokenExecutor):
-                    self._give_up()
-                strikes[id(task)] += 1
-                (suspects if strikes[id(task)] < 2 else aside).append(task)
-        return aside
+        waiting, retries, failed = deque(tasks), deque[Any](), list[Any]()
+        failures: Counter[int] = Counter()  # by id of the task: tasks need not be hashable
 
-    def _give_up(self) -> None:
-        """A pool that lost one worker is no use any more: the others end too."""
+        while waiting or retries or self._running:
+            if retries:  # alone: when its worker dies, no other task is suspected
+                self._submit(function, context, retries, 1)
+            else:  # twice as many as workers, so that none waits for its next one
+                self._submit(function, context, waiting, 2 * self.workers)
+
+            for future in wait(self._running, return_when=FIRST_COMPLETED).done:
+                task = self._running.pop(future)
+                if self._is_done(future):
+                    on_done(task)
+                    continue
+                failures[id(task)] += 1
+                (retries if failures[id(task)] < 2 else failed).append(task)
+
+        return failed
+
+    def _submit(self, function: Callable[[Any, Any], None], context: Any, tasks: deque[Any], limit: int) -> None:
+        """Hand on tasks until so many are running."""
+        while tasks and len(self._running) < limit:
+            is_new = self._executor is None
+            self._executor = self._executor or self.make()
+            try:
+                future = self._executor.submit(function, context, tasks[0])
+            except BrokenExecutor:  # found out only now; the futures that are running will raise it too
+                self._shut_down()
+                if is_new:
+                    raise  # a new one is broken at once: so would the next be
+                if self._running:
+                    return
+                continue
+            self._running[future] = tasks.popleft()
+
+    def _is_done(self, future: Future[None]) -> bool:
+        """Whether the task of a future that ended is done; not when its worker died or had too little memory."""
+        error = future.exception()
+        if error is None:
+            return True
+        if isinstance(error, BrokenExecutor):
+            self._shut_down()
+        elif not isinstance(error, MemoryError) and type(error).__name__ != "KilledWorker":  # Dask's BrokenExecutor
+            raise error
+        return False
+
+    def _shut_down(self) -> None:
+        """End the executor: one that lost a worker is no use any more, its other workers end too."""
         if self._executor is not None:
             self._executor.shutdown()
         self._executor = None
@@ -127,16 +140,16 @@ def return_memory() -> None:
             ctypes.CDLL(None).mallopt(option, LARGE_BYTES)
 
 
-def pool(workers: int) -> Workers:
+def process_pool(workers: int) -> WorkerPool:
     """Processes of this machine; one is this process itself."""
     return_memory()
     if workers <= 1:
-        return Workers(Inline, 1)
+        return WorkerPool(Inline, 1)
     context = multiprocessing.get_context("spawn")  # nothing of the parent's threads is copied
-    return Workers(lambda: ProcessPoolExecutor(workers, context, _start_worker), workers)
+    return WorkerPool(lambda: ProcessPoolExecutor(workers, context, _start_worker), workers)
 
 
-def dask(address: str) -> Workers:
+def dask_pool(address: str) -> WorkerPool:
     """The workers of a Dask cluster.
 
     Raises:
@@ -150,4 +163,4 @@ def dask(address: str) -> Workers:
         client: Any = distributed.Client(address)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise UserError(f"build.dask={address}: no scheduler answers there ({error})") from error
-    return Workers(client.get_executor, max(1, sum(client.ncores().values())), client.close)
+    return WorkerPool(client.get_executor, max(1, sum(client.ncores().values())), client.close)

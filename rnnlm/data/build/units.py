@@ -1,14 +1,14 @@
-"""Unit files: what became of one work unit, on disk, and its documents dealt out to streams.
+"""Unit files: what became of one work unit, on disk, and which of its documents go to which stream.
 
-A unit file is written once, under a temporary name, and renamed: what has its name is whole, and is never made again.
-It holds the tokens of its documents, one row of numbers for each, and its totals:
+A unit file is written once, under a temporary name, and renamed: what has its name is whole, and is not made again.
+It holds the tokens of its documents, a table with a row for each document, and its totals:
 
     tokens   uint16 or uint32, each document ended by EOS
     rows     int64 (documents, columns): TOKENS, BYTES, WORDS, TO_VALID; with deduplication the two halves of a hash
     footer   JSON, and its length in eight bytes
 
-Rows and tokens are mapped, a block at a time: no step holds more than a bounded part of the corpus in memory. The
-price: until the streams are committed the tokens lie on disk twice.
+Rows and tokens are mapped, a block at a time: no more than a bounded part of the corpus is in memory. The price: until
+the streams are committed the tokens lie on disk twice.
 """
 
 from __future__ import annotations
@@ -40,8 +40,11 @@ COPY_ROWS = 2**16
 Array = npt.NDArray[Any]
 
 
-def write_unit(path: Path, items: Iterable[Item], splits_off: bool, config: Config, encoder: Encoder) -> None:
+def write_unit(path: Path, items: Iterable[Item], holds_out: bool, config: Config, encoder: Encoder) -> None:
     """Encode what is in a unit, and give the file its name when it is on disk.
+
+    Args:
+        holds_out: documents whose hash says so are marked for the valid stream.
 
     Raises:
         UserError: a document too long for the tokenizer, unless bad records are skipped.
@@ -49,17 +52,18 @@ def write_unit(path: Path, items: Iterable[Item], splits_off: bool, config: Conf
     partial = [files.temporary_path(path) for _ in range(3)]
     try:
         with partial[0].open("wb+") as tokens, partial[1].open("wb+") as rows, partial[2].open("wb+") as rejected:
-            writer = _Writer(tokens, rows, rejected, config, encoder, splits_off)
+            writer = _UnitWriter(tokens, rows, rejected, config, encoder, holds_out)
             for item in items:
                 writer.add(item)
             writer.finish()
             for file in (tokens, rejected):
                 file.flush()
                 os.fsync(file.fileno())
-            listed = rejected.tell()
-        if listed:
-            partial[2].replace(rejected_path(path))
-        partial[0].replace(path)
+            is_listed = rejected.tell() > 0
+
+        if is_listed:
+            files.rename(partial[2], rejected_path(path))  # first: a unit that is there has its list
+        files.rename(partial[0], path)
         files.sync(path.parent)
     finally:
         for each in partial:
@@ -76,23 +80,30 @@ def write_json(path: Path, value: Any) -> None:
     files.write_file(path, json.dumps(value).encode())
 
 
+def write_footer(file: IO[bytes], footer: dict[str, Any]) -> None:
+    """End a unit file that lies open at the end of its rows."""
+    text = json.dumps(footer).encode()
+    file.write(text + len(text).to_bytes(8, "little"))
+
+
 @dataclass
-class _Writer:
-    """A unit file as it grows; rows wait in a file of their own."""
+class _UnitWriter:
+    """A unit file as it grows; its rows wait in a file of their own until all tokens are written."""
 
     tokens: IO[bytes]
     rows: IO[bytes]
     rejected: IO[bytes]
     config: Config
     encoder: Encoder
-    splits_off: bool
+    holds_out: bool
     records: Counter[str] = field(default_factory=Counter)
-    mended: Array = field(default_factory=lambda: np.zeros(2, np.int64))  # of train or valid
+    repaired: Array = field(default_factory=lambda: np.zeros(2, np.int64))  # (not to valid, to valid)
     waiting: list[Document] = field(default_factory=list)
     waiting_bytes: int = 0
-    totals: Array = field(default_factory=lambda: np.zeros((2, 4), np.int64))  # (train or valid; documents, TOKENS ...)
+    totals: Array = field(default_factory=lambda: np.zeros((2, 4), np.int64))  # (TO_VALID; documents, TOKENS ...)
 
     def add(self, item: Item) -> None:
+        """Count a record, and write it or have it wait for others."""
         self.records["read"] += 1
         if isinstance(item, Document):
             self.waiting.append(item)
@@ -103,27 +114,33 @@ class _Writer:
             self._flush()
             self._add_long(item)
         else:
-            self.records[item.reason] += 1
-            if item.reason != "empty":
-                if any(document.repaired for document in self.waiting):  # they are listed before it
-                    self._flush()
-                self._list(item.name, item.offset, item.reason)
+            self._reject(item)
+
+    def _reject(self, item: Rejected) -> None:
+        """Count a record that is no document, and list it behind those before it."""
+        self.records[item.reason] += 1
+        if item.reason != "empty":
+            if any(document.repaired for document in self.waiting):  # these are listed when they are written
+                self._flush()
+            self._list(item.name, item.offset, item.reason)
 
     def _list(self, name: str, offset: int, reason: str) -> None:
         self.rejected.write(json.dumps({"file": name, "at": offset, "reason": reason}).encode() + b"\n")
 
-    def _note_mended(self, item: Document | LongDocument, to_valid: bool) -> None:
+    def _note_repair(self, item: Document | LongDocument, to_valid: bool) -> None:
         if item.repaired:
-            self.mended[int(to_valid)] += 1
-            self._list(item.name, item.offset, "invalid UTF-8, mended")
+            self.repaired[int(to_valid)] += 1
+            self._list(item.name, item.offset, "invalid UTF-8, mended")  # the format's word
 
     def _flush(self) -> None:
+        """Encode and write the documents that wait."""
         texts = [document.data for document in self.waiting]
         ids, tokens, words = self.encoder.encode(texts)
         stream, seed = self.config.stream, self.config.stream.split_seed
-        to_valid = [self.splits_off and fraction_of(text, seed) < stream.valid_fraction for text in texts]
-        for document, side in zip(self.waiting, to_valid, strict=True):
-            self._note_mended(document, side)
+        to_valid = [self.holds_out and fraction_of(text, seed) < stream.valid_fraction for text in texts]
+        for document, is_valid in zip(self.waiting, to_valid, strict=True):
+            self._note_repair(document, is_valid)
+
         columns = [tokens, list(map(len, texts)), words, to_valid]
         if self.config.corpus.deduplicate:
             hashes = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
@@ -132,6 +149,7 @@ class _Writer:
         self.waiting, self.waiting_bytes = [], 0
 
     def _append(self, ids: Array, rows: Array) -> None:
+        """Write documents: ids (tokens,) uint16 or uint32, rows (documents, columns) int64."""
         self.tokens.write(ids.data)
         self.rows.write(np.ascontiguousarray(rows).data)
         self.records["kept"] += len(rows)
@@ -140,40 +158,51 @@ class _Writer:
             self.totals[to_valid] += [len(chosen), *chosen[:, :TO_VALID].sum(0)]
 
     def _add_long(self, document: LongDocument) -> None:
-        begin, sizes = self.tokens.tell(), np.zeros(3, np.int64)
+        """Write a document as it is read; its tokens are taken back if it turns out to be bad or empty."""
+        begin, sizes = self.tokens.tell(), np.zeros(3, np.int64)  # TOKENS, BYTES, WORDS
         split, whole = keyed_hash(self.config.stream.split_seed), hashlib.blake2b(digest_size=16)
 
-        def parts() -> Iterator[bytes]:
-            for part in document.parts:
-                sizes[BYTES] += len(part)
-                split.update(part)
-                whole.update(part)
-                yield part
+        def measured() -> Iterator[bytes]:
+            for block in document.parts:
+                sizes[BYTES] += len(block)
+                split.update(block)
+                whole.update(block)
+                yield block
 
-        item = None
-        try:
-            try:
-                if self.encoder.why_not:
-                    raise OverflowError(self.encoder.why_not)
-                for ids, words in self.encoder.encode_long(parts(), self.config.corpus.max_whole_bytes):
-                    self.tokens.write(ids.data)
-                    sizes += [len(ids), 0, words]
-            except OverflowError:  # a text or a word too long to hold
-                item = document.reject(int(sizes[BYTES]) + sum(map(len, document.parts)))
-        except BadRecordError as error:
-            item = error.rejected
-        if item is not None or not sizes[WORDS]:
+        rejected = self._write_long(document, measured(), sizes)
+        if rejected or not sizes[WORDS]:
             self.tokens.seek(begin)
             self.tokens.truncate()
-            self.records["read"] -= 1
-            self.add(item or Rejected(document.name, document.offset, "empty"))
+            self.records["read"] -= 1  # `add` counts it once more
+            self.add(rejected or Rejected(document.name, document.offset, "empty"))
             return
-        to_valid = self.splits_off and fraction(split) < self.config.stream.valid_fraction
-        self._note_mended(document, to_valid)
+
+        to_valid = self.holds_out and fraction(split) < self.config.stream.valid_fraction
+        self._note_repair(document, to_valid)
         hashes = np.frombuffer(whole.digest(), np.int64).tolist() if self.config.corpus.deduplicate else []
         self._append(np.empty(0, self.encoder.dtype), np.array([[*sizes, to_valid, *hashes]], np.int64))
 
+    def _write_long(self, document: LongDocument, blocks: Iterator[bytes], sizes: Array) -> Rejected | None:
+        """Write the tokens of a long document, whose text is `blocks`, and add to sizes (3,) int64.
+
+        Returns:
+            What it is instead, if it is bad, or longer than this tokenizer's texts or words can be.
+        """
+        try:
+            try:
+                if self.encoder.why_whole:
+                    raise OverflowError(self.encoder.why_whole)
+                for ids, words in self.encoder.encode_long(blocks, self.config.corpus.max_whole_bytes):
+                    self.tokens.write(ids.data)
+                    sizes += [len(ids), 0, words]
+            except OverflowError:  # the message names its size, so the rest is read too
+                return document.reject(int(sizes[BYTES]) + sum(map(len, document.parts)))
+        except BadRecordError as error:  # from either reading
+            return error.rejected
+        return None
+
     def finish(self) -> None:
+        """Write what waits, the rows behind the tokens, and the footer."""
         self._flush()
         count = self.tokens.tell() // self.encoder.dtype.itemsize
         self.rows.seek(0)
@@ -181,10 +210,9 @@ class _Writer:
         footer = {
             "dtype": self.encoder.dtype.str, "tokens": count, "rows": self.records["kept"],
             "columns": HASH + 2 * self.config.corpus.deduplicate, "totals": self.totals.tolist(),
-            "records": dict(self.records), "mended": self.mended.tolist(),
+            "records": dict(self.records), "repaired": self.repaired.tolist(),
         }  # fmt: skip
-        text = json.dumps(footer).encode()
-        self.tokens.write(text + len(text).to_bytes(8, "little"))
+        write_footer(self.tokens, footer)
 
 
 class UnitFile:
@@ -200,12 +228,12 @@ class UnitFile:
 
     @property
     def tokens(self) -> Array:
-        """All tokens, mapped."""
+        """(tokens,) uint16 or uint32, mapped."""
         return self._map(self.footer["dtype"], 0, (self.footer["tokens"],))
 
     @property
     def rows(self) -> Array:
-        """(documents, columns), mapped."""
+        """(documents, columns) int64, mapped."""
         begin = self.footer["tokens"] * np.dtype(self.footer["dtype"]).itemsize
         return self._map("<i8", begin, (self.footer["rows"], self.footer["columns"]))
 
@@ -216,8 +244,8 @@ class UnitFile:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one unit gives to one stream: the documents of one side of the split, without those dropped."""
+class Selection:
+    """The documents of one unit that go to one stream: those of one side of the split, without those dropped."""
 
     path: Path
     to_valid: int
@@ -226,7 +254,7 @@ class Part:
     dropped: tuple[Path, ...] = ()  # files of the numbers of those dropped, ascending
 
     def blocks(self, rows: Array) -> Iterator[tuple[Array, npt.NDArray[np.int64]]]:
-        """(rows, which of them belong to it) of some rows at a time."""
+        """(some of the unit's rows, int64 (n, columns); which of them are selected, their places in these rows)."""
         dropped = [np.load(path, mmap_mode="r") for path in self.dropped]
         for first in range(0, len(rows), COPY_ROWS):
             block = np.asarray(rows[first : first + COPY_ROWS])
@@ -237,38 +265,41 @@ class Part:
             yield block, np.flatnonzero(mask)
 
 
-def rows_of(part: Part) -> Iterator[Array]:
-    """(documents, 3): TOKENS, BYTES, WORDS of a part's documents, some at a time."""
-    for rows, chosen in part.blocks(UnitFile(part.path).rows):
+def sizes_of(selection: Selection) -> Iterator[Array]:
+    """(documents, 3) int64: TOKENS, BYTES, WORDS of the selected documents, some at a time."""
+    for rows, chosen in selection.blocks(UnitFile(selection.path).rows):
         yield rows[chosen, :TO_VALID]
 
 
-def tokens_of(parts: Sequence[Part], first: int, last: int) -> Iterator[Array]:
-    """Tokens first ... last - 1 of the parts, one behind the other, in blocks."""
+def tokens_of(selections: Sequence[Selection], first: int, last: int) -> Iterator[Array]:
+    """Tokens first ... last - 1 of the selected documents of all units, one behind the other, in blocks."""
     place = 0
-    for part in parts:
-        if place < last and place + part.totals[1] > first:
+    for selection in selections:
+        if place < last and place + selection.totals[1] > first:
             at = place
-            for block in _blocks(part):
+            for block in _token_blocks(selection):
                 begin, end = max(first - at, 0), min(last - at, len(block))
                 if begin < end:
                     yield block[begin:end]
                 at += len(block)
-        place += part.totals[1]
+        place += selection.totals[1]
 
 
-def _blocks(part: Part) -> Iterator[Array]:
-    """The tokens of a part: runs of neighbouring documents, small ones gathered."""
-    unit = UnitFile(part.path)
+def _token_blocks(selection: Selection) -> Iterator[Array]:
+    """The tokens of the selected documents: neighbours are copied as one, small copies are gathered."""
+    unit = UnitFile(selection.path)
     tokens, before = unit.tokens, 0
     waiting: list[Array] = []
     size = 0
-    for rows, chosen in part.blocks(unit.rows):
+    for rows, chosen in selection.blocks(unit.rows):
         ends = before + np.cumsum(rows[:, TOKENS])
         before = int(ends[-1])
-        first = np.diff(chosen, prepend=-2) > 1  # of a run
+
+        # from the first to the last of documents that stand one behind the other
+        first = np.diff(chosen, prepend=-2) > 1
         begins = (ends - rows[:, TOKENS])[chosen[first]]
         stops = ends[chosen[np.append(first[1:], True)]] if len(chosen) else begins
+
         for begin, stop in zip(begins.tolist(), stops.tolist(), strict=True):
             for start in range(begin, stop, COPY_TOKENS):
                 waiting.append(tokens[start : min(start + COPY_TOKENS, stop)])

@@ -1,7 +1,7 @@
 """tools/build_stream.py with faults: FAULT=... LOG=... python faulty_build.py OPTIONS...
 
-Every unit that is written is a line in LOG before and after, also in workers: those import this file anew.
-FAULT: none; a place and a number, as in `unit:5`: SIGKILL to the whole process group there at that time, from 1 on,
+Every unit that is written is a line in LOG before and after, also in workers: each imports this file.
+FAULT: none; a place and a number, as in `unit:5`: SIGKILL to the whole process group there, the fifth time,
 at `unit` (encoding it), `unit-end` (before its rename), the name of a function of a task, such as `find_repeats`, or
 `find_repeats-end`, `shard`, `shard-end`, `commit` (before the rename of a stream), `commit-end`; `shard-once:NAME`
 kills the worker that writes that shard, once; `worker:NAME` kills the worker alone whenever it encodes that unit,
@@ -29,7 +29,7 @@ from rnnlm.data.build import assemble, build
 
 FAULT, LOG = os.environ["FAULT"], Path(os.environ["LOG"])
 times: Counter[str] = Counter()
-do_task, fsync = assemble.do_task, os.fsync
+run_file_task, fsync = assemble.run_file_task, os.fsync
 write_unit, write_shard, commit = build.write_unit, assemble.write_shard, assemble.commit
 
 
@@ -48,36 +48,36 @@ def point(name: str) -> None:
 def faulty_unit(path: Path, *arguments: Any) -> None:
     point("unit")
     log(f"begin {path.stem}")
+
     kind, _, name = FAULT.partition(":")
-    alone = multiprocessing.parent_process() is not None
-    if (
-        alone
-        and path.stem == name
-        and (kind == "worker" or (kind == "worker-once" and LOG.read_text().count(name) == 1))
-    ):
+    in_worker = multiprocessing.parent_process() is not None
+    is_due = kind == "worker" or (kind == "worker-once" and LOG.read_text().count(name) == 1)
+    if in_worker and path.stem == name and is_due:
         os.kill(os.getpid(), signal.SIGKILL)
+
     write_unit(path, *arguments)
     log(f"end {path.stem}")
 
 
-def faulty_shard(path: Path, parts: Any, tokenizer: Any) -> Any:
+def faulty_shard(path: Path, blocks: Any, tokenizer: Any) -> Any:
     point("shard")
     if f"shard-once:{path.stem}" == FAULT and f"killed in {path.stem}" not in LOG.read_text():
 
         def dying() -> Any:
-            yield from parts
+            yield from blocks
             log(f"killed in {path.stem}")
             os.kill(os.getpid(), signal.SIGKILL)
 
         return write_shard(path, dying(), tokenizer)
-    result = write_shard(path, parts, tokenizer)
+
+    result = write_shard(path, blocks, tokenizer)
     point("shard-end")
     return result
 
 
-def faulty_task(setting: Any, task: Any) -> None:
+def faulty_task(context: Any, task: Any) -> None:
     point(task.function.__name__)
-    do_task(setting, task)
+    run_file_task(context, task)
     point(f"{task.function.__name__}-end")
 
 
@@ -96,11 +96,15 @@ def faulty_fsync(handle: int) -> None:
     fsync(handle)
 
 
-patches: dict[str, Callable[..., Any]] = {"write_shard": faulty_shard, "commit": faulty_commit, "do_task": faulty_task}
+patches: dict[str, Callable[..., Any]] = {
+    "write_shard": faulty_shard,
+    "commit": faulty_commit,
+    "run_file_task": faulty_task,
+}
 for name, patch in patches.items():
     setattr(assemble, name, patch)
 build.write_unit = faulty_unit
-assemble.RUN_HASHES, assemble.RUN_TOKENS = 100, 2000  # several runs even of a small text
+assemble.SPAN_HASHES, assemble.SPAN_TOKENS = 100, 2000  # several runs even of a small text
 os.fsync = faulty_fsync
 
 if __name__ == "__main__":

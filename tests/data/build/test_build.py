@@ -38,11 +38,13 @@ def test_every_document_once_in_order_on_one_side(tmp_path: Path, tokenizer: Tok
     texts = list(dict.fromkeys(make_text(300, seed=5)))
     path = tmp_path / "text.txt"
     path.write_text("\n\n".join(texts), encoding="utf-8")
+
     found = run(config_of(tmp_path / "out", str(path)), tokenizer)
     assert [text for text in texts if text in set(found["train"])] == found["train"]
     assert [text for text in texts if text in set(found["valid"])] == found["valid"]
     assert sorted(found["train"] + found["valid"]) == sorted(texts)
     assert 0.1 < len(found["valid"]) / len(texts) < 0.3
+
     manifest = TokenStream(tmp_path / "out/train").manifest
     assert manifest.records["empty"] == len(texts) - 1
     assert manifest.records["read"] == manifest.records["kept"] + manifest.records["empty"]
@@ -53,11 +55,11 @@ def test_every_document_once_in_order_on_one_side(tmp_path: Path, tokenizer: Tok
 def test_one_file_or_seven_small_units_or_large_give_the_same_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
     texts = make_text(200, seed=6)
     (tmp_path / "one.txt").write_text("\n".join(texts), encoding="utf-8")
-    for part in range(7):
-        share = texts[part * 200 // 7 : (part + 1) * 200 // 7]
-        (tmp_path / f"part{part}.txt").write_text("\n".join(share), encoding="utf-8")
+    for file in range(7):
+        share = texts[file * 200 // 7 : (file + 1) * 200 // 7]
+        (tmp_path / f"file{file}.txt").write_text("\n".join(share), encoding="utf-8")
     run(config_of(tmp_path / "a", str(tmp_path / "one.txt")), tokenizer)
-    run(config_of(tmp_path / "b", str(tmp_path / "part*.txt"), unit_bytes=300), tokenizer)
+    run(config_of(tmp_path / "b", str(tmp_path / "file*.txt"), unit_bytes=300), tokenizer)
     for split in ("train", "valid"):
         for file in sorted((tmp_path / "a" / split).glob("*.npy")):
             assert file.read_bytes() == (tmp_path / "b" / split / file.name).read_bytes()
