@@ -7,9 +7,9 @@
 A header is compared with the file's size and, where the caller knows them, with the names, shapes and dtypes that must
 come. Only then does the library read one tensor after the other into memory of its own, so that a file and its tensors
 are never there at once, and the digest is of the very bytes that are used. It writes without a copy, and without
-Python's lock: beside 800 MB another thread waits some ten milliseconds at most, and seconds where they are made into
-bytes first, which takes twice their memory (tools/benchmark_resume.py pause). The price: the library holds the lock
-while it reads a tensor; but nothing trains meanwhile.
+Python's lock: while 800 MB are saved another thread waits for 8 to 43 ms at the longest, and for 0.4 to 4 s where they
+are made into bytes first, which takes twice their memory (tools/benchmark_resume.py pause). The price: the library
+holds the lock while it reads a tensor; but nothing trains meanwhile.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def read(file: BufferedReader, size: int, where: Path, expected: Tensors | None)
         expected: names, shapes and dtypes that it must have (the values do not matter: `meta` tensors will do).
 
     Raises:
-        CheckpointError: no safetensors file, or one of other tensors; nothing of the data was read.
+        CheckpointError: no safetensors file, or one of other tensors, of which no data was read; or it changed
+            meanwhile, or does not fit into memory.
     """
     header, layout = _read_header(file, size, where)
     if expected is not None:
