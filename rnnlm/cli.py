@@ -188,7 +188,7 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
         if isinstance(error, OSError) and not error.filename and not full:
             raise  # not a path that the user gave: a fault of ours, with its traceback
 
-        if first_here or getattr(error, "is_alone", False):
+        if first_here or getattr(error, "may_be_local", False):
             way_out = "; make room on the disk and type the same command again" if full else ""
             print(f"error: {error}{way_out}", file=sys.stderr)
         code = 1 if full else getattr(error, "code", 2)

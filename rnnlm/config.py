@@ -41,8 +41,8 @@ class CorpusConfig:
     max_document_bytes: int = knob(8 * 2**20, at_least=1)
     """Longest record of JSON and document of parquet, which are held in memory; longer ones are bad."""
     max_whole_bytes: int = knob(2**20, at_least=1)
-    """Longest text that only SentencePiece can encode, in 60 times its memory: a document if the tokenizer is not a
-    BPE, a word without white space if it is; longer ones are bad. Other documents may have any length."""
+    """Documents above this are read in parts. It is also the most that SentencePiece is given at once, in 60 times its
+    memory: a document if the tokenizer is not a BPE, else a word without white space; longer ones are bad."""
     deduplicate: bool = False
     """Keep only the first of documents with the same bytes (by a 128-bit hash), within each of train, valid, test."""
     shuffle_seed: int = knob(-1, at_least=-1, below=2**63)

@@ -11,12 +11,12 @@ class UserError(ValueError):
     """A mistake in what the user gave; the script prints its line and exits with code 2."""
 
     code = 2
-    is_alone = False  # whether one process may have it without the others, so that each must print it
-    on_all_ranks = False  # whether all processes have it, so that they can leave together
+    may_be_local = False  # whether one process may have it without the others, so that each must print it
+    is_shared = False  # whether all processes have it, so that they can leave together
 
 
 class RunError(UserError):
     """A run that cannot continue although what was asked of it was right; the script exits with code 1."""
 
     code = 1
-    on_all_ranks = True
+    is_shared = True

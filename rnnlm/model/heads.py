@@ -82,12 +82,12 @@ class SoftmaxHead(Head):
         self.bias = nn.Parameter(torch.empty(vocab_size))
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """As every head, a chunk of tokens at a time."""
+        """The logits of a chunk of tokens at a time."""
         x = self._project(x).flatten(0, 1)  # (N, D)
         return linear_cross_entropy(x, self.weight, self.bias, targets.flatten(), self.chunk)
 
     def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        """As every head, a chunk of tokens at a time."""
+        """The logits of a chunk of tokens at a time."""
         losses = token_losses(self._project(x).flatten(0, 1), self.weight, self.bias, targets.flatten())
         return losses.view(targets.shape)
 

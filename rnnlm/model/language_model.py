@@ -89,7 +89,7 @@ class RecurrentLM(nn.Module):
             tokens: (B, T) int64
             hidden: the state that the previous window returned; `zero_hidden` at the start
             targets: (B, T) int64, -1 where masked
-            step: () int64, which dropout masks
+            step: () int64, of the training, from which the dropout masks are hashed
             rows: (B,) int64 global numbers of the substreams, likewise
 
         Returns:

@@ -150,7 +150,7 @@ class RecurrentLayer(Layer):
         return tuple(State(name, (self.output_size,), self.weight_hh.dtype) for name in STATES[self.cell])
 
     def forward(self, x: Tensor, states: Sequence[Tensor], context: Context) -> tuple[Tensor, list[Tensor]]:
-        """As every layer; where rows reset within the window, one call of the kernel for each stretch between."""
+        """One call of the kernel; where rows reset within the window, one for each stretch between."""
         dtype = compute_dtype(self.weight_hh)
         weights = self._weights(dtype)
         x = x.to(dtype)

@@ -34,9 +34,9 @@ __all__ = [
     "AnyRank",
     "Heartbeat",
     "all_gather_object",
+    "errors_are_shared",
+    "errors_may_be_local",
     "launched",
-    "on_all_ranks",
-    "on_this_rank",
     "run_on_main",
 ]
 
@@ -58,7 +58,7 @@ def launched(config: Config) -> Iterator[Accelerator]:
     try:
         yield accelerator
     except UserError as error:
-        if error.on_all_ranks:
+        if error.is_shared:
             clear_frames(error.__traceback__)  # what still holds the model would hold the process group
             leave(accelerator)
         raise
@@ -66,22 +66,22 @@ def launched(config: Config) -> Iterator[Accelerator]:
 
 
 @contextmanager
-def on_all_ranks() -> Iterator[None]:
+def errors_are_shared() -> Iterator[None]:
     """What is wrong in here is so in every process, and raised by all."""
     try:
         yield
     except UserError as error:
-        error.on_all_ranks = True
+        error.is_shared = True
         raise
 
 
 @contextmanager
-def on_this_rank() -> Iterator[None]:
+def errors_may_be_local() -> Iterator[None]:
     """What is wrong in here may be so in this process alone, as on a machine that sees another disk: it must say so."""
     try:
         yield
     except UserError as error:
-        error.is_alone = True
+        error.may_be_local = True
         raise
 
 
@@ -170,7 +170,7 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     broadcast_object_list(box)
     if box[1] is not None:
         kind, text = box[1]
-        with on_all_ranks():
+        with errors_are_shared():
             raise kind(text)
     result: T = box[0]
     return result

@@ -15,7 +15,7 @@ from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
 from rnnlm.model.evaluate import Evaluation, evaluate
 from rnnlm.model.language_model import RecurrentLM
-from rnnlm.train.distributed import Accelerator, Heartbeat, launched, on_all_ranks, run_on_main
+from rnnlm.train.distributed import Accelerator, Heartbeat, errors_are_shared, launched, run_on_main
 from rnnlm.train.load import choose, load_model
 
 
@@ -35,7 +35,7 @@ def evaluate_run(config: Config) -> Evaluation:
     with launched(dataclasses.replace(config, train=exact)) as accelerator:
         path = run_on_main(accelerator, lambda: str(choose(config)))
         model, _, _ = load_model(config, Path(path), accelerator.device)
-        with on_all_ranks():
+        with errors_are_shared():
             _check_vocabulary(stream, model)
         return evaluate_on_all_ranks(accelerator, model, stream, config)
 

@@ -48,7 +48,7 @@ class Guard:
         }
 
     def should_skip(self, gradient_norm: Tensor, mean_loss: Tensor | None = None, sigmas: float = 0.0) -> Tensor:
-        """() bool: whether this step is to be skipped.
+        """() bool: whether this step is to be skipped; it is counted, and its loss remembered.
 
         Args:
             gradient_norm: () of the gradient summed over all processes.

@@ -62,16 +62,16 @@ def fingerprint(config: Config, streams: Streams) -> dict[str, str]:
     }
 
 
-def check_alike(prints: list[dict[str, str]]) -> None:
+def check_alike(fingerprints: list[dict[str, str]]) -> None:
     """Compare the fingerprints of all processes.
 
     Raises:
         UserError: naming the first process that differs, and in what.
     """
-    for index, each in enumerate(prints):
-        if different := [key for key, value in each.items() if prints[0][key] != value]:
+    for index, each in enumerate(fingerprints):
+        if different := [key for key, value in each.items() if fingerprints[0][key] != value]:
             name = different[0]
             raise UserError(
                 f"process {index} has another {' and another '.join(different)} than process 0 "
-                f"({each[name][:12]} and {prints[0][name][:12]}); start all with the same code, options and files"
+                f"({each[name][:12]} and {fingerprints[0][name][:12]}); start all with the same code, options and files"
             )

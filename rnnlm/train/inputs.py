@@ -1,6 +1,7 @@
 """What a run trains on: its streams, the arithmetic of its substreams, and this process's share of them.
 
-The price of checking all of it here: a configuration that cannot work is refused before any file of the run is touched.
+All of it is checked here, before any file of the run is touched. The price: streams are opened before the processes
+have met, so each process reports a fault of its own.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _check_alike(train: TokenStream, valid: TokenStream) -> None:
 
 
 def open_ring(config: Config, stream: TokenStream, origin: Origin = Origin()) -> Ring:  # noqa: B008  # is immutable
-    """The arithmetic of the configured substreams.
+    """How the configured substreams read the stream.
 
     Raises:
         UserError: the stream is shorter than one window.

@@ -73,7 +73,7 @@ class Metrics(SilentMetrics):
         self._trackers = Trackers(directory, config, step, self.print_line)
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        """As declared above; a number that is not finite is written as null."""
+        """A number that is not finite is written as null."""
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
         with self._warned("metrics.jsonl"):
             self._file.write(json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
@@ -92,12 +92,12 @@ class Metrics(SilentMetrics):
             self.print_line(f"warning: {name} could not be written ({error}); training continues")
 
     def sync(self) -> None:
-        """As declared above."""
+        """A failing disk is a warning."""
         with self._warned("metrics.jsonl"):
             os.fsync(self._file.fileno())
 
     def draw(self, every_seconds: float = 0) -> None:
-        """As declared above."""
+        """A failing disk is a warning."""
         if time.monotonic() - self._drawn < every_seconds:
             return
         picture = self.directory / "curves.png"
@@ -107,7 +107,7 @@ class Metrics(SilentMetrics):
         self._drawn = time.monotonic()
 
     def print_line(self, text: str) -> None:
-        """As declared above."""
+        """Beside the progress bar, if there is one."""
         with suppress(BrokenPipeError):  # nobody reads it any more
             tqdm.write(text, file=sys.stderr) if self._bar else print(text, file=sys.stderr, flush=True)
 
@@ -134,13 +134,13 @@ class Metrics(SilentMetrics):
         )
 
     def sample(self, step: int, text: str) -> None:
-        """As declared above."""
+        """A failing disk is a warning."""
         with self._warned("samples.md"), self.samples.open("a", encoding="utf-8") as file:
             file.write(f"## step {step}\n\n{text}\n\n")
         self._trackers.each(lambda tracker: tracker.text(step, text))
 
     def close(self) -> None:
-        """As declared above."""
+        """The curves are drawn once more."""
         with self._warned("metrics.jsonl"):
             self._file.close()
         if self._bar:

@@ -28,7 +28,7 @@ from rnnlm.data.stream import TokenStream
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
 from rnnlm.files import locked, write_file
-from rnnlm.train.distributed import Accelerator, all_gather_object, on_all_ranks, on_this_rank, run_on_main
+from rnnlm.train.distributed import Accelerator, all_gather_object, errors_are_shared, errors_may_be_local, run_on_main
 from rnnlm.train.identity import check_alike, differing, fingerprint, identity, versions
 from rnnlm.train.inputs import Streams, open_ring, substreams_of
 from rnnlm.train.state import TrainerState, check_state
@@ -69,10 +69,10 @@ def open_run(config: Config, accelerator: Accelerator, streams: Streams) -> Iter
         RunError: another process holds the directory.
         CheckpointError: there are checkpoints, but none is whole.
     """
-    prints = all_gather_object(fingerprint(config, streams))
-    with on_all_ranks():
+    fingerprints = all_gather_object(fingerprint(config, streams))
+    with errors_are_shared():
         open_ring(config, streams.train)
-        check_alike(prints)
+        check_alike(fingerprints)
         first, last = substreams_of(config, accelerator.process_index, accelerator.num_processes)
     directory = Path(config.run.directory)
     tokenizer = streams.train.tokenizer() if streams.train.manifest.tokenizer else None
@@ -87,7 +87,7 @@ def open_run(config: Config, accelerator: Accelerator, streams: Streams) -> Iter
         start = run_on_main(accelerator, hold)
         found, state = None, None
         if start.checkpoint is not None:
-            with on_this_rank():
+            with errors_may_be_local():
                 found = checkpoint.load(Path(start.checkpoint), every_byte=False)  # tensors: as they are read
                 state = check_state(found.state, found.path)
         ring = open_ring(config, streams.train, start.origin)

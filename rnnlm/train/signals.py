@@ -67,7 +67,7 @@ class Interrupts:
 def die_with_launcher() -> None:
     """Be sent SIGTERM when `accelerate launch` or torchrun dies: nobody else would end this process.
 
-    A run that the user started himself outlives its terminal, as he may want (nohup).
+    A run that was started without a launcher stays when its terminal closes, as under nohup.
     """
     parent = os.getppid()
     try:

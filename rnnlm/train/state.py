@@ -16,7 +16,7 @@ from rnnlm.checkpoint.safetensors_file import CheckpointError
 from rnnlm.train.guard import SPIKE_WINDOW
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 class Section(BaseModel):
@@ -61,8 +61,8 @@ class TrainerState(Section, extra="ignore"):
     stream: str  # digest
     tokenizer: str  # digest; empty: the stream has none
     memory: MemoryState
-    interval: Annotated[list[Whole], Field(min_length=3, max_length=3)]  # sums of the metrics' line that has begun
-    scaler: dict[str, Whole | float | None]  # of losses in fp16; empty without it
+    interval: Annotated[list[Int64], Field(min_length=3, max_length=3)]  # sums of the metrics' line that has begun
+    scaler: dict[str, Int64 | float | None]  # of losses in fp16; empty without it
     configuration: dict[str, dict[str, Any]]  # section -> field -> value, of those that must not change
     health: HealthState
     versions: dict[str, str]

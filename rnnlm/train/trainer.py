@@ -18,7 +18,7 @@ from rnnlm.config import Config, as_list
 from rnnlm.data.substreams import Batch, ContinuityCheck, SubstreamDataset, loader
 from rnnlm.model.evaluate import exp
 from rnnlm.model.generate import continuations
-from rnnlm.train.distributed import Accelerator, AnyRank, all_gather_object, launched, on_this_rank, run_on_main
+from rnnlm.train.distributed import Accelerator, AnyRank, all_gather_object, errors_may_be_local, launched, run_on_main
 from rnnlm.train.evaluation import evaluate_on_all_ranks
 from rnnlm.train.identity import versions
 from rnnlm.train.inputs import Streams, open_streams
@@ -76,7 +76,7 @@ class Trainer:
             self.watchdog.start()
             while not self.finished and not preempted:
                 self.take_step(next(batches))
-                best = self.validation_due and self.validate()  # first: it may end the training
+                best = self.validate() if self.validation_due else False  # before logging: it may end the training
                 if self.due(self.config.run.log_every_steps):
                     self.log()
 
@@ -206,7 +206,7 @@ class Trainer:
             self.saving.submit(self.step, tensors, state, resumable, best)
 
     def _restore(self) -> None:
-        """Take over what the checkpoint holds besides numbers; each process reads its own rows of hidden states."""
+        """Load parameters, optimizer, counts, and this process's rows of the hidden states."""
         found, state = self.run.checkpoint, self.run.state
         if found is None or state is None:
             return
@@ -214,15 +214,16 @@ class Trainer:
         if state.versions != now and self.accelerator.is_main_process:
             print(f"warning: saved under {state.versions}, now {now}: bits may differ", file=sys.stderr)
 
-        with on_this_rank():
+        with errors_may_be_local():
             ended = self.train_step.restore(found, state, self.run.same_rows)
             if ended is not None:
                 self.continuity.resume_at(ended.numpy(), state.step, found.path)
 
     def _open_metrics(self) -> SilentMetrics:
         """Report what starts here, and with which processes."""
-        rows = {"process": self.accelerator.process_index, "pid": os.getpid()}
-        ranks = all_gather_object({**rows, "substreams": [self.run.first, self.run.last]})
+        substreams = [self.run.first, self.run.last]
+        process = {"process": self.accelerator.process_index, "pid": os.getpid(), "substreams": substreams}
+        ranks = all_gather_object(process)
         if not self.accelerator.is_main_process:
             return SilentMetrics()
         metrics = Metrics(self.run.directory, self.config.run, self.step, self.total_steps)
@@ -258,7 +259,7 @@ class Trainer:
         return PREEMPTED if preempted else 0
 
     def _print_preempted(self) -> None:
-        """And leave the marker."""
+        """A line for the person at the console, and the marker for scripts."""
         name, saved = self.interrupts.name or "a signal to another process", self.saving.saved_step
         mark_preempted(self.run.directory, name, self.step, saved)
         print(
