@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rnnlm.knob import Knob, knob
 
-# What a run is made of, by name. Whoever registers another cell, head or optimizer appends its name here.
+# What a run is made of, by name; register_layer, register_head and register_optimizer append here.
 CELLS = ["lstm", "gru", "rnn"]
 HEADS = ["softmax"]
 OPTIMIZERS = ["adam", "adamw", "sgd"]

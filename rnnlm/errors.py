@@ -19,4 +19,4 @@ class RunError(UserError):
     """A run that cannot continue although what was asked of it was right; the script exits with code 1."""
 
     code = 1
-    is_shared = True
+    is_shared = True  # or the other processes are about to end as well

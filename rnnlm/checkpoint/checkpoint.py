@@ -2,7 +2,7 @@
 
     step-00001000/model.safetensors      parameters
                   optimizer.safetensors  moments, named like the parameters
-                  hidden.safetensors     layer0.h, layer0.c, ...: (global_batch_size, hidden_size)
+                  hidden.safetensors     layer0.h, layer0.c, ...: (global_batch_size, ...), and where the rows ended
                   trainer.json           step, validation memory, digests of stream and tokenizer
                   manifest.json          size and sha256 of each, its own digest; written last
 

@@ -96,7 +96,7 @@ class RecurrentLM(nn.Module):
             () the summed loss in nats, () the number of targets, and the new state.
         """
         out, hidden = self._run(tokens, hidden, Context(self.seed, step, rows))
-        self.ran_in["head"] = _name(compute_dtype(next(self.head.parameters())))
+        self.ran_in["head"] = _name(compute_dtype(self.embedding.weight))
         wanted = targets.t().contiguous()  # (T, B)
         return self.head.loss(out, wanted), (wanted >= 0).sum(), hidden
 

@@ -34,7 +34,7 @@ class Guard:
             hidden: each (B, ...)
             zero: each (1, ...), the state before the first token.
         """
-        floating = [state.flatten(1) for state in hidden.values() if state.is_floating_point()]
+        floating = [state.reshape(len(state), -1) for state in hidden.values() if state.is_floating_point()]
         if not floating:
             return dict(hidden)
 

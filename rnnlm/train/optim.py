@@ -100,14 +100,23 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     return optimizer
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state, in its own memory, as `parameter.key` -> tensor, named like the model's parameters."""
-    return {
-        f"{name}.{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-        if isinstance(value, Tensor)  # SGD without momentum keeps None
-    }
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, config: OptimConfig) -> dict[str, Tensor]:
+    """The optimizer's state, in its own memory, as `parameter.key` -> tensor, named like the model's parameters.
+
+    Raises:
+        RuntimeError: the optimizer keeps what its kind does not declare, which no checkpoint would hold.
+    """
+    kind, tensors = _KINDS[config.name], dict[str, Tensor]()
+    for name, parameter in model.named_parameters():
+        declared = kind.state(parameter.detach().to("meta"), config)
+        kept = {key: value for key, value in optimizer.state[parameter].items() if value is not None}
+        if kept.keys() != declared.keys():
+            raise RuntimeError(
+                f"optim.name={config.name}: keeps {', '.join(map(str, kept))} for {name}, but declares "
+                f"{', '.join(declared) or 'nothing'}; complete the state of its OptimizerKind"
+            )
+        tensors |= {f"{name}.{key}": value for key, value in kept.items()}
+    return tensors
 
 
 def skip_next_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:

@@ -47,6 +47,7 @@ class Run:
         first, last: substreams first ... last - 1 are this process's.
         checkpoint: the newest whole one, and its state; None: the run begins.
         same_rows: whether the hidden states in the checkpoint are those of this attempt's substreams.
+        damaged: what is wrong with each newer checkpoint.
     """
 
     directory: Path
@@ -57,11 +58,12 @@ class Run:
     checkpoint: Checkpoint | None
     state: TrainerState | None
     same_rows: bool
+    damaged: tuple[str, ...]
 
 
 @contextmanager
 def open_run(config: Config, accelerator: Accelerator, streams: Streams) -> Iterator[Run]:
-    """Hold the run's directory in the main process, and find where this attempt begins.
+    """Hold the run's directory in the main process, and find where this attempt begins; nothing is written yet.
 
     Raises:
         UserError: processes that differ; substreams that cannot be shared out; a run of another configuration, stream
@@ -71,7 +73,7 @@ def open_run(config: Config, accelerator: Accelerator, streams: Streams) -> Iter
     """
     fingerprints = all_gather_object(fingerprint(config, streams))
     with errors_are_shared():
-        open_ring(config, streams.train)
+        open_ring(config, streams.train)  # refused before the directory is made, if it cannot be
         check_alike(fingerprints)
         first, last = substreams_of(config, accelerator.process_index, accelerator.num_processes)
     directory = Path(config.run.directory)
@@ -82,7 +84,7 @@ def open_run(config: Config, accelerator: Accelerator, streams: Streams) -> Iter
         def hold() -> _Start:
             lock = locked(directory, directory / "holder", "run", patience_seconds=LOCK_PATIENCE_SECONDS)
             stack.enter_context(lock)
-            return _prepare(config, streams.train, tokenizer)
+            return _examine(config, streams.train)
 
         start = run_on_main(accelerator, hold)
         found, state = None, None
@@ -92,7 +94,7 @@ def open_run(config: Config, accelerator: Accelerator, streams: Streams) -> Iter
                 state = check_state(found.state, found.path)
         ring = open_ring(config, streams.train, start.origin)
         same_rows = "train.global_batch_size" not in start.changed
-        yield Run(directory, tokenizer, ring, first, last, found, state, same_rows)
+        yield Run(directory, tokenizer, ring, first, last, found, state, same_rows, start.damaged)
 
 
 @dataclass(frozen=True)
@@ -101,14 +103,14 @@ class _Start:
 
     checkpoint: str | None  # path of the newest whole one
     origin: Origin
-    changed: tuple[str, ...] = ()  # fields that this attempt changes
+    changed: tuple[str, ...]  # fields that this attempt changes
+    damaged: tuple[str, ...]  # what is wrong with each newer checkpoint
 
 
-def _prepare(config: Config, stream: TokenStream, tokenizer: Tokenizer | None) -> _Start:
-    """Check that the directory is this run's, record the configuration, find the newest whole checkpoint."""
+def _examine(config: Config, stream: TokenStream) -> _Start:
+    """Check that the directory is this run's, and find the newest whole checkpoint; reads only."""
     directory = Path(config.run.directory)
-    root = directory / "checkpoints"
-    found, damaged = checkpoint.find_newest(root, "step")
+    found, damaged = checkpoint.find_newest(directory / "checkpoints", "step")
     state = check_state(found.state, found.path) if found else None
 
     changed = _changed_fields(config, directory, state)
@@ -116,19 +118,28 @@ def _prepare(config: Config, stream: TokenStream, tokenizer: Tokenizer | None) -
     if state:
         _check_data(directory, state, stream)
         origin = _origin(config, state, stream, changed)
+    return _Start(str(found.path) if found else None, origin, changed, tuple(map(str, damaged)))
 
-    # from here on the directory is this run's, and is written to
-    for error in damaged:
+
+def record_attempt(config: Config, run: Run) -> None:
+    """In the main process, once model and optimizer are there: make the directory this configuration's, and clear it.
+
+    Not before: an attempt that fails at its start, out of memory perhaps, leaves no configuration to be held to.
+    """
+    for error in run.damaged:
         print(f"warning: {error}; moved away, resuming from an older one", file=sys.stderr, flush=True)
-    if found:
-        checkpoint.rename_damaged(root, "step", found)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / MARKER).unlink(missing_ok=True)
-    files = {"tokenizer.model": tokenizer.model} if tokenizer else {}
+    if run.checkpoint:
+        checkpoint.rename_damaged(run.directory / "checkpoints", "step", run.checkpoint)
+
+    (run.directory / MARKER).unlink(missing_ok=True)
+    for stacks in run.directory.glob("hang-rank-*.txt"):  # of processes that were killed, and did not hang
+        if not stacks.stat().st_size:
+            stacks.unlink()
+
+    files = {"tokenizer.model": run.tokenizer.model} if run.tokenizer else {}
     files["config.yaml"] = dump_yaml(config, TRAINING_SECTIONS).encode()
     for name, data in files.items():
-        write_file(directory / name, data, alone=True)
-    return _Start(str(found.path) if found else None, origin, changed)
+        write_file(run.directory / name, data, alone=True)
 
 
 def _changed_fields(config: Config, directory: Path, state: TrainerState | None) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """What trainer.json holds, as one typed object, after its checks.
 
-Its keys are a format on disk: what is new gets a default, so that older checkpoints can be read, and what is unknown is
-ignored, so that newer ones can. The price: pydantic takes 0.2 s to import, which only training and loading a model pay.
+Its keys are a format on disk: what is new gets a default, so that older checkpoints can be read, and unknown keys at
+the top are ignored, so that newer ones can. The price: pydantic takes 0.2 s to import, which only training and loading
+a model pay.
 """
 
 from __future__ import annotations

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from rnnlm.checkpoint.checkpoint import Checkpoint, copy_tensors
-from rnnlm.checkpoint.safetensors_file import CheckpointError
+from rnnlm.checkpoint.safetensors_file import DTYPES, CheckpointError
 from rnnlm.config import Config
 from rnnlm.data.substreams import Batch
+from rnnlm.errors import UserError
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.model.layers import Hidden
-from rnnlm.train.distributed import Accelerator
+from rnnlm.train.distributed import Accelerator, errors_are_shared
 from rnnlm.train.guard import Guard
 from rnnlm.train.interval_loss import IntervalLoss
 from rnnlm.train.optim import build_optimizer, optimizer_tensors, set_learning_rate, skip_next_step
@@ -34,8 +35,12 @@ class TrainStep:
         self.config, self.accelerator, self.first, self.last = config, accelerator, first, last
         raw = RecurrentLM(config.model, vocab_size, config.train.seed, config.train.loss_chunk_tokens)
         self.raw = raw.to(accelerator.device)  # without DDP and autocast: for evaluation, generation, saving
-        self.raw_optimizer = build_optimizer(self.raw, config.optim)
-        self.model, self.optimizer = accelerator.prepare(self.raw, self.raw_optimizer)
+        with errors_are_shared():
+            _check_states(self.raw)
+            self.raw_optimizer = build_optimizer(self.raw, config.optim)
+        # the optimizer's state is where it belongs: to place it would cast it to the parameters' dtype
+        prepared = accelerator.prepare(self.raw, self.raw_optimizer, device_placement=[True, False])
+        self.model, self.optimizer = prepared
 
         self.rows = torch.arange(first, last, device=accelerator.device)
         self.zero = self.raw.zero_hidden(1)  # a row's state before the first token
@@ -113,7 +118,8 @@ class TrainStep:
             self.accelerator.backward(loss * (scale + nan_if_not_finite))
 
         self.interval.add(loss.detach(), count)
-        return {name: state.detach() for name, state in hidden.items()}
+        # in mixed precision Accelerate makes fp32 of all that the model returns, which here is exact both ways
+        return {name: state.detach().to(self.zero[name].dtype) for name, state in hidden.items()}
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.raw.parameters() if parameter.grad is not None]
@@ -162,7 +168,7 @@ class TrainStep:
         """What a checkpoint holds of all processes: model, optimizer, and hidden, each (S, ...); called by all."""
         return {
             "model": dict(self.raw.named_parameters()),
-            "optimizer": optimizer_tensors(self.raw, self.raw_optimizer),
+            "optimizer": optimizer_tensors(self.raw, self.raw_optimizer, self.config.optim),
             "hidden": {name: self.accelerator.gather(state) for name, state in self.hidden.items()},
         }
 
@@ -191,7 +197,7 @@ class TrainStep:
         """
         parameters = dict(self.raw.named_parameters())
         copy_tensors(parameters, found.tensors("model", parameters), found.path)
-        moments = optimizer_tensors(self.raw, self.raw_optimizer)
+        moments = optimizer_tensors(self.raw, self.raw_optimizer, self.config.optim)
         copy_tensors(moments, found.tensors("optimizer", moments), found.path)
 
         is_main = self.accelerator.is_main_process  # it carries what was summed over all
@@ -216,3 +222,18 @@ class TrainStep:
         ended = own.pop("ended")
         copy_tensors(self.hidden, own, found.path)
         return ended
+
+
+def _check_states(model: RecurrentLM) -> None:
+    """Check that a checkpoint can hold all states of the layers.
+
+    Raises:
+        UserError: naming the first that it cannot.
+    """
+    for name, state in model.states().items():
+        if state.dtype not in DTYPES.values():
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
+            raise UserError(
+                f"model.cell={model.config.cell}: the state {name} is of {state.dtype}, which no checkpoint holds; "
+                f"use one of {known}"
+            )

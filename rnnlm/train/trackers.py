@@ -42,8 +42,15 @@ class Trackers:
 
     def __init__(self, directory: Path, config: RunConfig, step: int, print_line: Callable[[str], None]):
         self._print_line = print_line
-        started = [start(directory, config, step) for start in TRACKERS]
-        self._active = [tracker for tracker in started if tracker is not None]
+        self._active: list[Tracker] = []
+        for start in TRACKERS:
+            try:
+                tracker = start(directory, config, step)
+            except Exception as error:
+                print_line(f"warning: {start.__name__}: {error}; training without it")
+                continue
+            if tracker is not None:
+                self._active.append(tracker)
 
     def each(self, act: Callable[[Tracker], None], verb: str = "stopped") -> None:
         """Have every tracker do something."""

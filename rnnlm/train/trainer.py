@@ -23,7 +23,7 @@ from rnnlm.train.evaluation import evaluate_on_all_ranks
 from rnnlm.train.identity import versions
 from rnnlm.train.inputs import Streams, open_streams
 from rnnlm.train.metrics import Metrics, SilentMetrics, Stopwatch, peak_memory_bytes
-from rnnlm.train.run import Run, mark_preempted, open_run, record_of
+from rnnlm.train.run import Run, mark_preempted, open_run, record_attempt, record_of
 from rnnlm.train.saving import Saving
 from rnnlm.train.schedule import ValidationMemory, learning_rate
 from rnnlm.train.signals import Interrupts
@@ -62,6 +62,7 @@ class Trainer:
         self.train_step = TrainStep(config, streams.train.manifest.vocab_size, accelerator, run.first, run.last)
         self.continuity = ContinuityCheck(streams.train, run.ring, run.first, run.last, self.step)
         self._restore()
+        run_on_main(accelerator, lambda: record_attempt(config, run))
 
         self.metrics = self._open_metrics()
         stacks = run.directory / f"hang-rank-{accelerator.process_index}.txt"

@@ -70,10 +70,13 @@ class Watchdog:
 
         stderr = 2  # whatever sys.stderr is now
         message = f"error: rank {os.environ.get('RANK', '0')} {why}"
-        os.write(stderr, f"{message}; its stacks: {self.path}\n".encode())
-        self._dump_stacks(f"{time.ctime()}: {message}\n")
-        late.join()
-        os._exit(1)
+        try:
+            with suppress(OSError):  # nobody reads it
+                os.write(stderr, f"{message}; its stacks: {self.path}\n".encode())
+            self._dump_stacks(f"{time.ctime()}: {message}\n")
+            late.join()
+        finally:
+            os._exit(1)
 
     def _dump_stacks(self, heading: str) -> None:
         """Write the stacks of all threads, then end this process.
@@ -81,7 +84,10 @@ class Watchdog:
         By the timer, at once, since to wait for a disk in faulthandler itself would hold Python's lock.
         """
         file = self._file or self._open()
-        file.write(heading.encode())
+        try:
+            file.write(heading.encode())
+        except OSError:  # its disk is full
+            file = os.fdopen(os.dup(2), "wb", buffering=0)
         faulthandler.dump_traceback_later(0.001, exit=True, file=file)
 
     def _open(self) -> IO[bytes]:

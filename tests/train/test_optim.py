@@ -78,11 +78,11 @@ def test_state_comes_back_to_the_bit(name: str, momentum: float) -> None:
     train(first, first_optimizer, range(5))
     second, second_optimizer = made()
     second.load_state_dict(first.state_dict())
-    saved = {key: value.clone() for key, value in optimizer_tensors(first, first_optimizer).items()}
-    copy_tensors(optimizer_tensors(second, second_optimizer), saved, Path("optimizer.safetensors"))
+    saved = {key: value.clone() for key, value in optimizer_tensors(first, first_optimizer, config).items()}
+    copy_tensors(optimizer_tensors(second, second_optimizer, config), saved, Path("optimizer.safetensors"))
     train(second, second_optimizer, range(5, 10))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), second.parameters(), strict=True))
-    whole, resumed = optimizer_tensors(model, optimizer), optimizer_tensors(second, second_optimizer)
+    whole, resumed = optimizer_tensors(model, optimizer, config), optimizer_tensors(second, second_optimizer, config)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert bool(whole) == (name != "sgd" or momentum > 0)
@@ -105,11 +105,11 @@ def test_weight_decay_spares_biases() -> None:
 def test_what_a_checkpoint_must_hold_of_an_optimizer(config: OptimConfig) -> None:
     model = torch.nn.Linear(3, 2)
     optimizer = build_optimizer(model, config)
-    expected = {name: (each.shape, each.dtype) for name, each in optimizer_tensors(model, optimizer).items()}
+    expected = {name: (each.shape, each.dtype) for name, each in optimizer_tensors(model, optimizer, config).items()}
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    found = optimizer_tensors(model, optimizer)
+    found = optimizer_tensors(model, optimizer, config)
     assert {name: (value.shape, value.dtype) for name, value in found.items()} == expected
 
 
@@ -147,3 +147,12 @@ def test_momentum_begins_at_zero_even_where_the_first_step_is_skipped() -> None:
     optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
     optimizer.step()
     assert all(not state["momentum_buffer"].any() for state in optimizer.state.values())
+
+
+def test_an_optimizer_that_keeps_more_than_it_declares_is_refused() -> None:
+    """It would train on, and a run that is resumed would not be the same one."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(model, OptimConfig())
+    optimizer.state[model.weight]["average"] = torch.zeros(2, 3)
+    with pytest.raises(RuntimeError, match="keeps step, exp_avg, exp_avg_sq, average for weight, but declares step"):
+        optimizer_tensors(model, optimizer, OptimConfig())

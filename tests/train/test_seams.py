@@ -19,7 +19,9 @@ from rnnlm import config
 from rnnlm.config import ModelConfig, RunConfig
 from rnnlm.model import heads, layers
 from rnnlm.model.language_model import RecurrentLM
+from rnnlm.model.layers import State
 from rnnlm.train import optim, trackers
+from rnnlm.train.optim import OptimizerKind, register_optimizer
 from rnnlm.train.trackers import Tracker
 
 
@@ -42,10 +44,12 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Collector]]:
     del layers.LAYERS["decays"], heads._FACTORIES["parity"], optim._KINDS["signum"]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_of_toys_from_outside_resumes_to_the_bit(
-    train_here: TrainHere, experiment: Path, tmp_path: Path, registered: list[Collector]
+    train_here: TrainHere, experiment: Path, tmp_path: Path, registered: list[Collector], precision: str
 ) -> None:
     options = (f"--config={experiment}", *toys.OPTIONS, "--run.log_every_steps=5", "--eval.every_steps=10")
+    options += (f"--train.precision={precision}",)
     whole = train_here(*options, f"--run.directory={tmp_path}/whole")
     assert whole.returncode == 0, whole.stderr
     first = train_here(*options, "--train.max_steps=10")
@@ -54,8 +58,11 @@ def test_a_run_of_toys_from_outside_resumes_to_the_bit(
     assert tensors["hidden.layer0.traces"].dtype == torch.float64
     assert tensors["hidden.layer1.traces"].shape == (16, 2, 16)
     assert tensors["hidden.layer1.seen"].dtype == torch.int64
+    assert tensors["hidden.layer1.energy"].shape == (16,)
+    assert tensors["hidden.layer1.last"].dtype == torch.bfloat16
     assert state["layouts"] == {"layer0.traces": "fast, slow", "layer1.traces": "fast, slow"}
     assert "optimizer.head.weight.momentum" in tensors
+    assert tensors["optimizer.head.weight.steps"].tolist() == 10
 
     second = train_here(*options)
     assert second.returncode == 0 and "resuming from step 10" in second.stderr, second.stderr
@@ -82,7 +89,7 @@ def test_a_layer_that_lays_its_states_out_anew_does_not_read_old_ones(
     options = (f"--config={experiment}", *toys.OPTIONS)
     assert train_here(*options, "--train.max_steps=10").returncode == 0
     old = TwoDecays.states
-    monkeypatch.setattr(TwoDecays, "states", lambda self: (replace(old(self)[0], layout="slow, fast"), old(self)[1]))
+    monkeypatch.setattr(TwoDecays, "states", lambda self: (replace(old(self)[0], layout="slow, fast"), *old(self)[1:]))
     refused = train_here(*options)
     assert refused.returncode == 2 and "slow, fast" in refused.stderr, refused.stderr
 
@@ -133,3 +140,36 @@ def test_toys_on_two_processes_have_the_bits_of_one(run_script: RunScript, exper
     assert two.returncode == 0 and "resuming from step 10" in two.stderr, two.stderr
     (mine, _), (theirs, _) = final_state(tmp_path / "run", 20), final_state(tmp_path / "one", 20)
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_tracker_that_cannot_start_costs_nothing_but_a_warning(
+    train_here: TrainHere, experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start_nowhere(directory: Path, run: RunConfig, step: int) -> Tracker:
+        raise ConnectionError("no such host")
+
+    monkeypatch.setattr(trackers, "TRACKERS", [start_nowhere])
+    done = train_here(f"--config={experiment}", "--train.max_steps=2")
+    assert done.returncode == 0 and "warning: start_nowhere: no such host; training without it" in done.stderr
+    assert records(tmp_path / "run", "train")
+
+
+def test_a_state_that_no_checkpoint_holds_is_refused_before_training(
+    train_here: TrainHere, experiment: Path, registered: list[Collector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TwoDecays, "states", lambda self: (State("flags", (2,), torch.bool),))
+    done = train_here(f"--config={experiment}", *toys.OPTIONS)
+    assert done.returncode == 2 and "the state layer0.flags is of torch.bool" in done.stderr, done.stderr
+
+
+def test_an_attempt_that_fails_at_its_start_holds_the_directory_to_nothing(
+    train_here: TrainHere, experiment: Path, tmp_path: Path, registered: list[Collector]
+) -> None:
+    options = (f"--config={experiment}", "--train.max_steps=2")
+    kind = OptimizerKind(lambda groups, config: torch.optim.Rprop(groups), lambda parameter, config: {})
+    register_optimizer("cannot-skip", kind)
+    refused = train_here(*options, "--optim.name=cannot-skip")
+    assert refused.returncode == 2 and "cannot skip a step" in refused.stderr, refused.stderr
+    assert not (tmp_path / "run/config.yaml").exists()
+    assert train_here(*options).returncode == 0
+    del optim._KINDS["cannot-skip"]

@@ -21,7 +21,8 @@ from rnnlm.train.trackers import Tracker
 class TwoDecays(Layer):
     """Two traces of the input that fade at different rates, weighed by how long ago the row began.
 
-    Its states are a matrix in fp64 and a count in int64; it adds what the layer below has left in `shared`.
+    Its states are a matrix in fp64, a count in int64, a number in fp32 and a vector in bf16; it adds what the layer
+    below has left in `shared`.
     """
 
     def __init__(self, input_size: int, hidden_size: int, dropout: float):
@@ -33,20 +34,24 @@ class TwoDecays(Layer):
         return (
             State("traces", (2, self.output_size), torch.float64, layout="fast, slow"),
             State("seen", (), torch.int64, fill=3),
+            State("energy", ()),
+            State("last", (self.output_size,), torch.bfloat16),
         )
 
     def forward(self, x: Tensor, states: Sequence[Tensor], context: Context) -> tuple[Tensor, list[Tensor]]:
-        traces, seen = states  # (B, 2, H), (B,)
+        traces, seen, energy, last = states  # (B, 2, H), (B,), (B,), (B, H)
+        assert [state.dtype for state in states] == [state.dtype for state in self.states()]
         decay, out = torch.tensor([0.5, 0.9], dtype=torch.float64)[:, None], []
         new = context.dropout(x @ self.weight.T, "recurrent", self.rate, locked=True).double()  # (T, B, H)
         for token in new:
-            traces, seen = traces * decay + token[:, None], seen + 1
-            out.append((traces.sum(dim=1) / seen[:, None].double().sqrt()).tanh().float())
+            traces, seen = traces * decay + token[:, None] + 0.1 * last[:, None].double(), seen + 1
+            out.append((traces.sum(dim=1) / (seen + energy.sigmoid())[:, None].double().sqrt()).tanh().float())
+            energy, last = 0.9 * energy + out[-1].square().mean(dim=1), token.to(torch.bfloat16)
 
         result = torch.stack(out)
         below = context.shared.get("two decays")
         context.shared["two decays"] = result
-        return (result if below is None else result + below), [traces, seen]
+        return (result if below is None else result + below), [traces, seen, energy, last]
 
     def initialise(self, config: ModelConfig, generator: Callable[[str], torch.Generator]) -> None:
         self.weight.data.normal_(0, 0.3, generator=generator("weight"))
@@ -88,14 +93,21 @@ class SignOfMomentum(torch.optim.Optimizer):
         skip = getattr(self, "found_inf", torch.zeros(())) > 0
         for group in self.param_groups:
             for parameter in group["params"]:
-                momentum = self.state[parameter]["momentum"]
+                momentum, steps = self.state[parameter]["momentum"], self.state[parameter]["steps"]
+                assert steps.dtype == torch.int64
                 new = 0.9 * momentum + 0.1 * parameter.grad
                 momentum.copy_(torch.where(skip, momentum, new))
+                steps.add_(~skip)
                 parameter.sub_(torch.where(skip, 0.0, group["lr"] * momentum.sign()))
 
 
 def build_signum(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
     return SignOfMomentum(groups, {"lr": config.learning_rate})
+
+
+def signum_state(parameter: Tensor, config: OptimConfig) -> dict[str, Tensor]:
+    steps = torch.zeros((), dtype=torch.int64, device=parameter.device)
+    return {"momentum": torch.zeros_like(parameter), "steps": steps}
 
 
 class Collector(Tracker):
@@ -123,9 +135,7 @@ def register() -> None:
     """Layer, head and optimizer under names that a configuration can give."""
     register_layer("decays", lambda model, width: TwoDecays(width, model.hidden_size, model.dropout))
     register_head("parity", Parity)
-    register_optimizer(
-        "signum", OptimizerKind(build_signum, lambda parameter, config: {"momentum": torch.zeros_like(parameter)})
-    )
+    register_optimizer("signum", OptimizerKind(build_signum, signum_state))
 
 
 OPTIONS = ("--model.cell=decays", "--model.head=parity", "--optim.name=signum", "--optim.horizon_steps=20")
