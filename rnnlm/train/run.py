@@ -3,7 +3,7 @@
 What a run is does not change over its attempts: model, optimizer, batch and windows, stream and tokenizer are compared
 with the record, and the first difference stops everything before anything is written. Two fields may change when the
 user says so by name: seq_len at any step, global_batch_size where an epoch begins; the arithmetic of the substreams
-then starts anew from a recorded origin, and every token of the epoch is still a target once. The price: a run that is
+then restarts from a recorded origin, and every token of the epoch is still a target once. The price: a run that is
 to differ in anything else needs another directory.
 """
 
