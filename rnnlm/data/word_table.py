@@ -4,7 +4,7 @@
 
 Words are found in blocks, and only then looked up, so that the cache misses of many lookups overlap. The table is
 bounded: when it is full, all but its oldest entries are forgotten. The kernels check nothing; all arrays are the
-table's own or have room by construction. The price: about 60 MiB from the start.
+table's own or have room by construction. The price: about 40 MiB from the start.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ HIGHS = U(0x8080808080808080)
 @numba.njit(inline="always")
 def _before_low(word: Any) -> Any:
     """How many of eight bytes stand before the first that is at most 32; 8 if none is."""
-    low = (word - ONES * U(33)) & ~word & HIGHS  # the lowest flag is exact: no borrow comes from below it
-    below = ((low & (U(0) - low)) - U(1)) >> U(7)
+    # minus 33 in each byte: the high bit is set then, and was not before, where the byte is at most 32; a borrow may
+    # set it wrongly in bytes above one of these, but the lowest flag is exact
+    low = (word - ONES * U(33)) & ~word & HIGHS
+    below = ((low & (U(0) - low)) - U(1)) >> U(7)  # all bits below the lowest flag, of which each byte keeps one
     return np.int64(((below & ONES) * ONES) >> U(56)) if low != U(0) else 8
 
 
@@ -90,36 +92,6 @@ def _fill_block(
     return filled, place, opens
 
 
-@numba.njit(inline="always")
-def _find_or_add(
-    data: Array, block: Array, item: Any, slots: Array, keys: Array, key_ends: Array, kinds: Array, counts: Array
-) -> Any:
-    """The entry of the word in block[item]; a new word becomes an entry. Args: as find_words."""
-    low, high = block[item, 0], block[item, 1]
-    start, stop = np.int64(block[item, 2]), np.int64(block[item, 3])
-    mask = U(len(slots) - 1)
-    slot = np.int64(hash_key(low, high) & mask)
-    entry: Any
-
-    # linear probing: the word lies before the first free slot, or nowhere
-    while slots[slot, 1] != U(0):
-        entry = np.int64(slots[slot, 2])
-        if slots[slot, 0] == low and slots[slot, 1] == high:
-            offset = key_ends[entry - 1] if entry else 0
-            if high < HASHED or same_bytes(data, start, keys, offset, stop - start):
-                return entry
-        slot = (slot + 1) & np.int64(mask)
-
-    entry = counts[0]
-    slots[slot, 0], slots[slot, 1], slots[slot, 2] = low, high, U(entry)
-    keys[counts[1] : counts[1] + stop - start] = data[start:stop]
-    counts[0] += 1
-    counts[1] += stop - start
-    key_ends[entry] = counts[1]
-    kinds[entry] = (high >> U(60)) & U(3)
-    return entry
-
-
 @numba.njit(cache=True, boundscheck=False, error_model="numpy")
 def find_words(
     data: Array, starts: Array, ends: Array, flags: int, white: Array, keep_runs: bool, first_differs: bool,
@@ -159,8 +131,29 @@ def find_words(
                 words[written + item] = np.int32(slots[slot, 2]) if hit and short else np.int32(-1)
 
             for item in range(filled):  # the few that are new, long, or not in their first slot
-                if words[written + item] < 0:
-                    words[written + item] = _find_or_add(data, block, item, slots, keys, key_ends, kinds, counts)
+                if words[written + item] >= 0:
+                    continue
+                low, high = block[item, 0], block[item, 1]
+                start, stop = np.int64(block[item, 2]), np.int64(block[item, 3])
+
+                # linear probing: the word lies before the first free slot, or nowhere
+                slot = np.int64(hash_key(low, high) & mask)
+                while slots[slot, 1] != U(0):
+                    entry: Any = np.int64(slots[slot, 2])
+                    if slots[slot, 0] == low and slots[slot, 1] == high:
+                        offset = key_ends[entry - 1] if entry else 0
+                        if high < HASHED or same_bytes(data, start, keys, offset, stop - start):
+                            break
+                    slot = (slot + 1) & np.int64(mask)
+                else:
+                    entry = counts[0]
+                    slots[slot, 0], slots[slot, 1], slots[slot, 2] = low, high, U(entry)
+                    keys[counts[1] : counts[1] + stop - start] = data[start:stop]
+                    counts[0] += 1
+                    counts[1] += stop - start
+                    key_ends[entry] = counts[1]
+                    kinds[entry] = (high >> U(60)) & U(3)
+                words[written + item] = entry
 
             written += filled
             if filled < BLOCK:
