@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,13 @@ def test_torch_is_imported_only_where_tensors_are() -> None:
     for module in MODULES:
         if any(name.split(".")[0] == "torch" for name in imports(PACKAGE / f"{module}.py")):
             assert any(module == place or module.startswith(f"{place}/") for place in TORCH), module
+
+
+def test_pytest_collects_every_folder_of_tests(pytestconfig: pytest.Config) -> None:
+    """By default it leaves out folders called build."""
+    for folder in {path.parent for path in sources("tests") if path.name.startswith("test_")}:
+        for name in folder.relative_to(ROOT).parts:
+            assert not any(fnmatch(name, pattern) for pattern in pytestconfig.getini("norecursedirs")), folder
 
 
 def test_tests_of_sources_see_files_in_folders() -> None:
