@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
 import runpy
+import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -22,7 +25,6 @@ from accelerate.state import AcceleratorState
 from hypothesis import settings
 from safetensors.torch import load_file
 
-from rnnlm import cli
 from rnnlm.config import Config, CorpusConfig, StreamConfig, TokenizerConfig
 from rnnlm.data.build.build import Build
 from rnnlm.data.stream import TokenStream
@@ -35,8 +37,10 @@ from rnnlm.train.guard import Guard
 settings.register_profile("untimed", deadline=None)  # machines are noisy, and a slow one is not wrong
 settings.register_profile("long", deadline=None, max_examples=5000)  # pytest --hypothesis-profile=long
 settings.load_profile("untimed")
-ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # as many pytest processes run as there are cores: more threads would wait for each other
 
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN, FAULTY = "launch/train.py", "tests/train/faulty_train.py"
 
 STATE: dict[str, Any] = {  # a trainer.json
     "step": 7, "horizon_steps": 20, "interval": [1, 2, 0], "scaler": {}, "stream": "ab", "tokenizer": "",
@@ -50,11 +54,8 @@ STATE: dict[str, Any] = {  # a trainer.json
 def make_text(documents: int, seed: int = 0) -> list[str]:
     """Sentences of a small vocabulary with some structure, the same for the same seed."""
     draw = random.Random(seed)
-    names, verbs, things = (
-        ("anna", "bob", "carol", "dan"),
-        ("sees", "likes", "finds"),
-        ("the cat", "a dog", "Zoë", "漢字"),
-    )
+    names, verbs = ("anna", "bob", "carol", "dan"), ("sees", "likes", "finds")
+    things = ("the cat", "a dog", "Zoë", "漢字")
     return [
         ". ".join(f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(things)}" for _ in range(draw.randint(1, 6)))
         for _ in range(documents)
@@ -79,14 +80,28 @@ def tokenizer() -> Tokenizer:
 def streams(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer: Tokenizer) -> Path:
     """A directory with a train stream of two shards and a valid stream."""
     directory = tmp_path_factory.mktemp("streams")
+    built = build_streams(directory, corpus, tokenizer)
+    assert len(built["train"].shards) == 2, built["train"].tokens
+    return directory
+
+
+@pytest.fixture(scope="session")
+def other_streams(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of another text, and with its own tokenizer, also of 300 pieces."""
+    directory, text = tmp_path_factory.mktemp("other-streams"), make_text(500, seed=3)
+    (directory / "text.txt").write_text("\n".join(text), encoding="utf-8")
+    build_streams(directory, directory / "text.txt", train(text, TokenizerConfig(vocab_size=300)))
+    return directory
+
+
+def build_streams(directory: Path, corpus: Path, tokenizer: Tokenizer) -> dict[str, Manifest]:
+    """Encode a corpus of one document a line into a train and a valid stream; their manifests by name."""
     (directory / "tokenizer.model").write_bytes(tokenizer.model)
     config = Config(
         corpus=CorpusConfig(train=str(corpus)),
         stream=StreamConfig(directory=str(directory), valid_fraction=0.1, shard_tokens=6000),
     )
-    manifests = Build(config, tokenizer).run(lambda size: None)
-    assert len(manifests["train"].shards) == 2, manifests["train"].tokens
-    return directory
+    return Build(config, tokenizer).run(lambda size: None)
 
 
 @pytest.fixture
@@ -169,37 +184,95 @@ def run_script(tmp_path: Path) -> RunScript:
     return run
 
 
+RunHere = Callable[..., "subprocess.CompletedProcess[str]"]
 TrainHere = Callable[..., "subprocess.CompletedProcess[str]"]
+Uninterrupted = Callable[[int], Path]
 
 
 @pytest.fixture
-def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainHere:
-    """launch/train.py in this process, for tests whose subject is no process: PyTorch is imported once for all."""
-    main = runpy.run_path(str(ROOT / "launch/train.py"))["main"]
+def run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunHere:
+    """As run_script, but in this process, for tests whose subject is no process: PyTorch is imported once for all."""
     threads = torch.get_num_threads()
 
-    def train(*options: str | Path) -> subprocess.CompletedProcess[str]:
-        command = ["launch/train.py", *map(str, options), "--train.device=cpu"]
+    def run(script: str, *options: str | Path, **extra: str) -> subprocess.CompletedProcess[str]:
+        # CUDA_VISIBLE_DEVICES may come too late here
+        device = ["--train.device=cpu"] if script.startswith("launch/") else []
+        command = [script, *map(str, options), *device]
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", command)
-        out, errors = StringIO(), StringIO()
+        out, errors, code = StringIO(), StringIO(), 0
 
         try:
             with (
-                patch.dict(os.environ, environment(), clear=True),
+                patch.dict(os.environ, environment(**extra), clear=True),
                 redirect_stdout(out),
                 redirect_stderr(errors),
-                pytest.raises(SystemExit) as ended,
             ):
-                cli.run_entry_point(main)
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        except Exception:  # a process would end like this
+            traceback.print_exc(file=errors)
+            code = 1
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
             torch.set_num_threads(threads)
+            if code:
+                gc.collect()  # closes what an error leaves open, as the end of a process does
 
-        assert isinstance(ended.value.code, int)
-        return subprocess.CompletedProcess(command, ended.value.code, out.getvalue(), errors.getvalue())
+        return subprocess.CompletedProcess(command, code, out.getvalue(), errors.getvalue())
 
-    return train
+    return run
+
+
+@pytest.fixture
+def train_here(run_here: RunHere) -> TrainHere:
+    """launch/train.py in this process."""
+    return lambda *options, **extra: run_here(TRAIN, *options, **extra)
+
+
+@pytest.fixture
+def faulty_here(train_here: TrainHere, monkeypatch: pytest.MonkeyPatch) -> RunHere:
+    """launch/train.py in this process with a fault of faulty_train.py, which ends with the call."""
+    import faulty_train  # lies beside the tests that ask for this
+
+    def run(fault: str, value: int, *options: str | Path) -> subprocess.CompletedProcess[str]:
+        with monkeypatch.context() as patched:
+            patched.setattr(faulty_train, "replace", patched.setattr)
+            faulty_train.inject(fault, str(value))
+            return train_here(*options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def whole_runs() -> dict[int, Path]:
+    """Runs of the experiment from beginning to end by number of processes, made when first wanted."""
+    return {}
+
+
+@pytest.fixture
+def uninterrupted(
+    whole_runs: dict[int, Path],
+    run_script: RunScript,
+    train_here: TrainHere,
+    experiment: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Uninterrupted:
+    """The directory of such a run, to be read or copied."""
+
+    def run(processes: int) -> Path:
+        if processes not in whole_runs:
+            option = f"--config={experiment}"
+            done = train_here(option) if processes == 1 else run_script(TRAIN, option, processes=processes)
+            assert done.returncode == 0, done.stderr
+            kept = tmp_path_factory.mktemp("whole") / "run"
+            shutil.move(tmp_path / "run", kept)
+            whole_runs[processes] = kept
+        return whole_runs[processes]
+
+    return run
 
 
 def records(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -209,7 +282,7 @@ def records(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def results(run: Path) -> list[tuple[Any, ...]]:
-    """Everything logged that must not depend on how often a run died: losses, rates, norms, validation."""
+    """Everything logged that must not depend on how often a run was killed: losses, rates, norms, validation."""
     keys = ("step", "tokens", "epoch", "loss", "learning_rate", "gradient_norm", "best", "nats")
     return [tuple(line.get(key) for key in keys) for kind in ("train", "valid") for line in records(run, kind)]
 

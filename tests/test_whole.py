@@ -9,16 +9,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from conftest import ROOT, RunScript, TrainHere, command, environment, make_text, records
+import yaml
+from conftest import FAULTY, ROOT, TRAIN, RunHere, RunScript, TrainHere, environment, make_text, records
 
 SMALL = {  # options that make a command of the README small enough for a test
     "train_tokenizer.py": ["--tokenizer.vocab_size=300"],
     "build_stream.py": ["--stream.valid_fraction=0.1"],
     "train.py": [
         *("--train.max_steps=4", "--train.global_batch_size=8", "--train.seq_len=16", "--train.device=cpu"),
-        *("--model.hidden_size=16", "--model.embedding_size=8", "--generate.prompts=a"),
+        *("--train.cpu_threads=1", "--model.hidden_size=16", "--model.embedding_size=8"),
+        "--generate.prompts=a",
     ],
     "eval.py": ["--eval.batch_size=8"],
     "generate.py": ["--generate.max_tokens=5"],
@@ -31,13 +34,12 @@ def readme_commands() -> list[str]:
 
 
 def as_typed(line: str) -> list[str]:
-    """A command line with this Python, small options at its end, and at most two processes."""
+    """A command line with this Python, small options at its end, and one process where it names no number."""
     words = shlex.split(line)
     script = next(word for word in words if word.endswith(".py"))
     if words[0] == "accelerate":
-        place = words.index(script)
-        processes = [] if "--num_processes" in words else ["--num_processes", "2" if "one_node" in line else "1"]
-        words[place:place] = processes
+        if "--num_processes" not in words:
+            words[words.index(script) : words.index(script)] = ["--num_processes", "1"]
         words[:2] = ["-m", "accelerate.commands.launch"]
     else:
         words = words[1:]
@@ -51,14 +53,22 @@ def test_every_command_of_the_readme(tmp_path: Path) -> None:
     commands = readme_commands()
     assert commands[:2] == ["make quickstart", "make test"]
     assert len(commands) == 16
-    for line in commands[2:]:
+
+    for number, line in enumerate(commands[2:]):
         if "configs/imdb.yaml" in line:  # the reviews are not here: the streams of my.txt take their place
-            line += f" --stream.directory=streams/my --run.directory=runs/{abs(hash(line))}"
+            line += f" --stream.directory=streams/my --run.directory=runs/{number}"
         done = subprocess.run(
             as_typed(line), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120, check=False
         )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     assert [line["step"] for line in records(tmp_path / "runs/my", "start")] == [0]
+
+
+def test_a_node_is_launched_like_the_cpus_of_a_machine_but_for_the_number_of_processes() -> None:
+    """So a test with two processes on a CPU is one of launch/one_node.yaml."""
+    node, cpu = (yaml.safe_load((ROOT / f"launch/{name}.yaml").read_text()) for name in ("one_node", "cpu"))
+    assert node.pop("num_processes") == 8 and cpu.pop("num_processes") == 1
+    assert node == cpu
 
 
 def test_the_readmes_python(streams: Path, tmp_path: Path) -> None:
@@ -78,6 +88,7 @@ def test_the_makefile_types_the_readmes_commands() -> None:
 def test_make_corpus_is_the_standard_library(run_script: RunScript, tmp_path: Path) -> None:
     done = run_script("tools/make_corpus.py", "corpus")
     assert done.returncode == 0, done.stderr
+
     files = list((tmp_path / "corpus").iterdir())
     assert len(files) > 300
     assert (tmp_path / "corpus/argparse.py").read_bytes() == Path(os.__file__).with_name("argparse.py").read_bytes()
@@ -85,67 +96,68 @@ def test_make_corpus_is_the_standard_library(run_script: RunScript, tmp_path: Pa
     assert "already there" in run_script("tools/make_corpus.py", "corpus").stdout
 
 
-Mistake = Callable[[Path, Path, Path], tuple[str, list[str]]]
+class Given(NamedTuple):
+    """What a mistake can be made with: an empty folder, streams, those of another tokenizer, and an experiment."""
+
+    tmp: Path
+    streams: Path
+    other_streams: Path
+    experiment: Path
+
+    def file(self, text: str) -> Path:
+        (self.tmp / "text.txt").write_text(text)
+        return self.tmp / "text.txt"
+
+    def mixed_streams(self) -> Path:
+        """A valid stream that was built with another tokenizer than the train stream."""
+        mixed = self.tmp / "mixed"
+        mixed.mkdir()
+        (mixed / "train").symlink_to(self.streams / "train")
+        (mixed / "valid").symlink_to(self.other_streams / "valid")
+        return mixed
 
 
-def other_tokenizer(tmp: Path, streams: Path, experiment: Path) -> tuple[str, list[str]]:
-    """A valid stream that was built with another tokenizer than the train stream."""
-    text = tmp / "other.txt"
-    text.write_text("\n".join(make_text(300, seed=9)), encoding="utf-8")
-    target = tmp / "mixed"
-    for script in ("tools/train_tokenizer.py", "tools/build_stream.py"):
-        options = [f"--corpus.train={text}", f"--stream.directory={target}", "--tokenizer.vocab_size=290"]
-        subprocess.run(command(script, *options), env=environment(), check=True, capture_output=True)
-    (target / "train").rename(target / "old")
-    (target / "train").symlink_to(streams / "train")
-    return "launch/train.py", [f"--config={experiment}", f"--stream.directory={target}"]
-
-
+Mistake = Callable[[Given], tuple[str, ...]]  # a script and its options
+TOKENIZER, BUILD = "tools/train_tokenizer.py", "tools/build_stream.py"
 MISTAKES: dict[str, tuple[Mistake, str]] = {
     "no corpus": (
-        lambda tmp, streams, experiment: (
-            "tools/train_tokenizer.py",
-            ["--stream.directory=s", "--corpus.train=no.txt"],
-        ),
+        lambda given: (TOKENIZER, "--stream.directory=s", "--corpus.train=no.txt"),
         r"corpus.train=no.txt: cannot be read \(No such file or directory\)",
     ),
     "corpus not given": (
-        lambda tmp, streams, experiment: ("tools/build_stream.py", [f"--stream.directory={streams}"]),
+        lambda given: (BUILD, f"--stream.directory={given.streams}"),
         r"corpus.train is not set; give text files",
     ),
     "empty corpus": (
-        lambda tmp, streams, experiment: (
-            "tools/train_tokenizer.py",
-            ["--stream.directory=s", f"--corpus.train={(tmp / 'e.txt').write_text('') or tmp / 'e.txt'}"],
-        ),
+        lambda given: (TOKENIZER, "--stream.directory=s", f"--corpus.train={given.file('')}"),
         r"corpus.train: no text in it",
     ),
     "vocabulary too large": (
-        lambda tmp, streams, experiment: (
-            "tools/train_tokenizer.py",
-            ["--stream.directory=s", f"--corpus.train={(tmp / 't.txt').write_text('a b') and tmp / 't.txt'}"],
-        ),
+        lambda given: (TOKENIZER, "--stream.directory=s", f"--corpus.train={given.file('a b')}"),
         r"tokenizer.vocab_size=16000: larger than this text allows; use at most \d+",
     ),
     "no stream": (
-        lambda tmp, streams, experiment: ("launch/train.py", ["--stream.directory=no", "--run.directory=r"]),
+        lambda given: (TRAIN, "--stream.directory=no", "--run.directory=run"),
         r"no/train/stream.json: No such file or directory; build the stream with tools/build_stream.py",
     ),
-    "other tokenizer": (other_tokenizer, r"mixed/valid: built with another tokenizer than .*build both with the same"),
+    "other tokenizer": (
+        lambda given: (TRAIN, f"--config={given.experiment}", f"--stream.directory={given.mixed_streams()}"),
+        r"mixed/valid: built with another tokenizer than .*build both with the same",
+    ),
     "misspelt key": (
-        lambda tmp, streams, experiment: ("launch/train.py", [f"--config={experiment}", "--model.hiden_size=3"]),
+        lambda given: (TRAIN, f"--config={given.experiment}", "--model.hiden_size=3"),
         r"model.hiden_size: no such key in the command line; did you mean model.hidden_size\?",
     ),
     "stream too short": (
-        lambda tmp, streams, experiment: ("launch/train.py", [f"--config={experiment}", "--train.seq_len=5000"]),
+        lambda given: (TRAIN, f"--config={given.experiment}", "--train.seq_len=5000"),
         r"train: \d+ tokens, shorter than one window of train.global_batch_size=16 substreams times train.seq_len=5000",
     ),
     "fp16 without a GPU": (
-        lambda tmp, streams, experiment: ("launch/train.py", [f"--config={experiment}", "--train.precision=fp16"]),
+        lambda given: (TRAIN, f"--config={given.experiment}", "--train.precision=fp16"),
         r"train.precision=fp16: needs a GPU",
     ),
     "no run": (
-        lambda tmp, streams, experiment: ("launch/eval.py", ["--run.directory=no"]),
+        lambda given: ("launch/eval.py", "--run.directory=no"),
         r"run.directory=no: no run there; train one with launch/train.py",
     ),
 }
@@ -153,11 +165,19 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_first_users_mistake_is_one_clear_line(
-    name: str, run_script: RunScript, tmp_path: Path, streams: Path, experiment: Path
+    name: str,
+    run_script: RunScript,
+    run_here: RunHere,
+    tmp_path: Path,
+    streams: Path,
+    other_streams: Path,
+    experiment: Path,
 ) -> None:
-    made, message = MISTAKES[name]
-    script, options = made(tmp_path, streams, experiment)
-    done = run_script(script, *options)
+    mistake, message = MISTAKES[name]
+    script, *options = mistake(Given(tmp_path, streams, other_streams, experiment))
+    # of training, one process is enough to show what it prints besides: it imports PyTorch for seconds
+    here = script == TRAIN and name != "stream too short"
+    done = (run_here if here else run_script)(script, *options)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert re.search(f"^error: .*{message}", done.stderr), done.stderr
@@ -169,7 +189,7 @@ def our_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def test_a_batch_that_the_processes_do_not_divide(run_script: RunScript, experiment: Path) -> None:
-    done = run_script("launch/train.py", f"--config={experiment}", "--train.global_batch_size=15", processes=2)
+    done = run_script(TRAIN, f"--config={experiment}", "--train.global_batch_size=15", processes=2)
     assert done.returncode != 0
     assert our_lines(done) == [
         "error: train.global_batch_size=15 is not divisible by 2 processes times train.accumulation=1; use 14 or 16"
@@ -196,7 +216,7 @@ def test_fault_20_a_run_directory_of_another_configuration(
 def test_launched_processes_that_are_not_seen(run_script: RunScript, experiment: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     done = subprocess.run(
-        [*launcher, str(ROOT / "launch/train.py"), f"--config={experiment}"],
+        [*launcher, str(ROOT / TRAIN), f"--config={experiment}"],
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode != 0
@@ -205,7 +225,7 @@ def test_launched_processes_that_are_not_seen(run_script: RunScript, experiment:
         "use --config_file launch/cpu.yaml --num_processes 2, which starts them on a CPU"
     ]
 
-    blind = run_script("tests/train/faulty_train.py", "blind", "0", f"--config={experiment}", processes=2)
+    blind = run_script(FAULTY, "blind", "0", f"--config={experiment}", processes=2)
     assert blind.returncode != 0
     assert our_lines(blind) == [
         "error: 2 processes were launched, but each sees 1; "

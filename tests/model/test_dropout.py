@@ -68,6 +68,7 @@ def test_dropout_scales_and_locks() -> None:
     assert set(ordinary.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.75))}
     assert abs(ordinary.mean().item() - 1) < 0.02
     assert not torch.equal(ordinary[0], ordinary[1])
+
     locked = dropout(x, 0.25, True, 1, 0, torch.tensor(0), rows)
     assert all(torch.equal(locked[0], locked[t]) for t in range(10))
     assert not torch.equal(locked[0, 0], locked[0, 1])
@@ -78,14 +79,14 @@ def test_places_have_the_numbers_of_their_names() -> None:
     """Pinned: runs are resumed by other versions."""
     names = ("embedding", "layer0.output", "layer1.output", "layer0.recurrent")
     assert [place_number(name) for name in names] == [3392394102, 1682946389, 452801009, 944059844]
-    assert (
-        len({place_number(f"layer{index}.{part}") for index in range(100) for part in ("output", "recurrent")}) == 200
-    )
+    many = [f"layer{index}.{place}" for index in range(100) for place in ("output", "recurrent")]
+    assert len({place_number(name) for name in many}) == 200
 
 
 def test_a_place_is_called_after_its_layer_and_a_new_one_changes_no_other_mask() -> None:
     step, rows, x = torch.tensor(3), torch.arange(4), torch.ones(5, 4, 16)
     context = Context(7, step, rows)
+
     inner = context.within("layer1").dropout(x, "output", 0.5)
     assert torch.equal(inner, dropout(x, 0.5, False, 7, place_number("layer1.output"), step, rows))
     assert torch.equal(Context().dropout(x, "output", 0.5), x), "nothing is dropped outside of training"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,9 @@ def model() -> RecurrentLM:
 
 def reference(model: RecurrentLM, stream: TokenStream, rows: int, count_eos: bool) -> tuple[float, int]:
     """One substream after the other, one token at a time, in fp64."""
-    import numpy as np
-
     model = model.double()
     tokens = torch.from_numpy(stream.windows(np.array([0]), len(stream) + 1)[0].astype(np.int64))
+
     nats, count = 0.0, 0
     for row in range(rows):
         hidden = model.zero_hidden(1)
@@ -49,6 +49,7 @@ def test_every_token_is_scored_once_with_carried_state(model: RecurrentLM, strea
     manifest = stream.manifest
     assert found.scored_tokens == count
     assert found.nats == pytest.approx(nats, rel=1e-6)
+
     figures = found.to_dict()
     ends = manifest.documents if count_eos else 0
     assert figures["token_perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-5)

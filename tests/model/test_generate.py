@@ -24,8 +24,8 @@ def texts(
     model: RecurrentLM, tokenizer: Tokenizer, prompts: list[str], config: GenerateConfig
 ) -> dict[tuple[int, int], str]:
     found: dict[tuple[int, int], str] = {}
-    for piece in generate(model, tokenizer, prompts, config):
-        found[piece.prompt, piece.sample] = found.get((piece.prompt, piece.sample), "") + piece.text
+    for new in generate(model, tokenizer, prompts, config):
+        found[new.prompt, new.sample] = found.get((new.prompt, new.sample), "") + new.text
     return found
 
 
@@ -61,6 +61,7 @@ def test_samples_are_seeded_differ_and_do_not_depend_on_the_batch(model: Recurre
 def test_a_document_ends_at_eos(model: RecurrentLM, tokenizer: Tokenizer) -> None:
     model.head.bias.data[tokenizer.eos_id] = 1e3
     assert texts(model, tokenizer, ["anna"], GenerateConfig(max_tokens=50)) == {}
+
     out = io.StringIO()
     write_continuations(model, tokenizer, ["anna"], GenerateConfig(max_tokens=50), out)
     assert out.getvalue() == "anna\n"

@@ -30,6 +30,7 @@ def test_value_and_gradients_equal_cross_entropy_in_fp64(chunk: int) -> None:
     x, weight, bias, targets = example(64, 5, 11, torch.float64)
     expected = F.cross_entropy(x @ weight.T + bias, targets, ignore_index=-1, reduction="sum")
     wanted = torch.autograd.grad(expected * 0.37, [x, weight, bias])
+
     loss = linear_cross_entropy(x, weight, bias, targets, chunk)
     found = torch.autograd.grad(loss * 0.37, [x, weight, bias])
     torch.testing.assert_close(loss, expected, rtol=1e-14, atol=0)
@@ -59,7 +60,8 @@ def test_bf16_is_close_to_fp64_and_sums_in_fp32() -> None:
         loss = linear_cross_entropy(x, weight, bias, targets, 64)
     assert loss.dtype == torch.float32
     grads = torch.autograd.grad(loss, [x, weight, bias])
-    wide = [part.detach().double().requires_grad_() for part in (x, weight, bias)]
+
+    wide = [each.detach().double().requires_grad_() for each in (x, weight, bias)]
     expected = linear_cross_entropy(*wide, targets, 64)
     wanted = torch.autograd.grad(expected, wide)
     assert abs(loss.item() / expected.item() - 1) < 2e-3
@@ -86,10 +88,12 @@ def test_no_tensor_of_a_training_step_reaches_tokens_times_vocabulary(tied: bool
     model = RecurrentLM(ModelConfig(embedding_size=16, hidden_size=24, layers=1, tied=tied), vocabulary, 0)
     tokens = torch.zeros(rows, window, dtype=torch.int64)
     ids = torch.arange(rows)
+
     with Largest() as seen:
         loss, _, _ = model(tokens, model.zero_hidden(rows), tokens, torch.tensor(0), ids)
         loss.backward()
     assert 0 < seen.elements <= model.head.chunk * vocabulary < rows * window * vocabulary
+
     with Largest() as control:  # the same measure does see logits that are made whole
         F.cross_entropy(torch.zeros(rows * window, vocabulary), tokens.flatten())
     assert control.elements >= rows * window * vocabulary

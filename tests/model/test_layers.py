@@ -23,12 +23,16 @@ def layer_of(cell: str, config: ModelConfig | None = None) -> RecurrentLayer:
 
 
 def reference(layer: RecurrentLayer, x: torch.Tensor, states: list[torch.Tensor]) -> tuple[torch.Tensor, list]:
-    """The equations of the docstring, one token at a time."""
+    """The equations of the docstring, one token at a time.
+
+    x is (T, B, 5), the output (T, B, 7), each state before and after (B, 7).
+    """
     h, out = states[0], []
     c = states[1] if layer.cell == "lstm" else h
     for token in x:
-        a = token @ layer.weight_ih.T + layer.bias_ih
+        a = token @ layer.weight_ih.T + layer.bias_ih  # (B, gates * 7)
         b = h @ layer.weight_hh.T + layer.bias_hh
+
         if layer.cell == "lstm":
             i, f, g, o = (a + b).chunk(4, dim=1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
@@ -40,6 +44,7 @@ def reference(layer: RecurrentLayer, x: torch.Tensor, states: list[torch.Tensor]
         else:
             h = (a + b).tanh()
         out.append(h)
+
     return torch.stack(out), [h, c][: len(states)]
 
 
@@ -50,27 +55,28 @@ def test_equations_values_and_gradients(cell: str) -> None:
     x = torch.randn(9, 4, 5, generator=draw, dtype=torch.float64, requires_grad=True)
     states = [torch.randn(4, 7, generator=draw, dtype=torch.float64) for _ in STATES[cell]]
     found, expected = layer(x, states, Context()), reference(layer, x, states)
+
     for mine, theirs in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
     inputs = [x, *layer.parameters()]
-    for mine, theirs in zip(
-        torch.autograd.grad(found[0].sin().sum(), inputs),
-        torch.autograd.grad(expected[0].sin().sum(), inputs),
-        strict=True,
-    ):
+    gradients = [torch.autograd.grad(out.sin().sum(), inputs) for out, _ in (found, expected)]
+    for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_autocast_really_runs_in_bf16_and_hands_on_fp32_states_that_lose_nothing(cell: str) -> None:
+def test_autocast_really_runs_in_bf16_and_returns_fp32_states_that_lose_nothing(cell: str) -> None:
     layer = layer_of(cell).float()
     x, states = torch.randn(6, 3, 5), [torch.zeros(3, 7) for _ in STATES[cell]]
     with torch.autocast("cpu", torch.bfloat16):
         out, after = layer(x, states, Context())
+
     assert out.dtype == torch.bfloat16
     assert all(state.dtype == torch.float32 for state in after)
     assert torch.equal(after[0], out[-1].float())
     assert torch.equal(after[0].to(torch.bfloat16).float(), after[0])
+
     out.float().sum().backward()
     assert layer.weight_hh.grad is not None
     assert layer.weight_hh.grad.dtype == torch.float32
@@ -85,13 +91,14 @@ def test_initialisation_by_name() -> None:
     assert not layer.bias_hh.any()
     limit = (6 / (5 + 7)) ** 0.5  # Glorot & Bengio 2010, equation 16
     assert 0.8 * limit < layer.weight_ih.abs().max().item() <= limit
+
     other = RecurrentLayer("lstm", 9, 7)
     other.initialise(ModelConfig(init="orthogonal"), partial(named_generator, 3))
-    assert torch.equal(layer.weight_hh, other.weight_hh), "another part's size changes nothing"
+    assert torch.equal(layer.weight_hh, other.weight_hh), "the size of another weight changes nothing"
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_row_that_resets_within_the_window_starts_anew_alone(cell: str) -> None:
+def test_a_row_that_resets_within_the_window_restarts_from_zero_alone(cell: str) -> None:
     layer = layer_of(cell)
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(9, 4, 5, generator=draw, dtype=torch.float64)

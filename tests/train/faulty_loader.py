@@ -4,11 +4,11 @@ Every fault is a mistake that would have hidden states meet other text than thei
 row is one sample, a batch is collated from as many as the process has rows, and what arrives becomes a Batch whose step
 is the receiver's own count.
 
-honest: none; a plain DataLoader of these samples.            dispatch: the loader is prepared.
+none: a plain DataLoader of these samples, and right.         dispatch: the loader is prepared.
 shard: prepared with dispatch_batches=False.                  split: prepared with split_batches=True.
 reorder: two workers, and whichever is ready first is taken.  skip: skip_first_batches, and a dataset that has skipped.
-stride: rows are dealt to the processes in turn, so that another number of processes has other rows in other places.
-claim: dispatch, and the receiver works out for itself where its rows must be.
+stride: the processes get rows in turn, so that another number of processes has other rows in other places.
+assume: dispatch, and the receiver assumes that its rows are those that it should have got.
 ring: stride, but in the ring itself, which all others ask.
 """
 
@@ -32,7 +32,7 @@ from rnnlm.data.ring import Positions, Ring
 from rnnlm.data.substreams import Batch, SubstreamDataset
 from rnnlm.train import trainer
 
-PREPARED = {"dispatch": {}, "claim": {}, "shard": {"dispatch_batches": False}, "split": {"split_batches": True}}
+PREPARED = {"dispatch": {}, "assume": {}, "shard": {"dispatch_batches": False}, "split": {"split_batches": True}}
 Sample = dict[str, torch.Tensor]
 place = Ring.place
 
@@ -71,15 +71,17 @@ def loader(fault: str, dataset: SubstreamDataset) -> Iterator[Batch]:
     ring, rows = dataset.ring, dataset.last - dataset.first
     if fault == "stride":
         dataset.ring = Strided(**ring.__dict__)
+
     reorder = fault == "reorder"
     made = DataLoader(Rows(dataset, fault), batch_size=rows, num_workers=2 if reorder else 0, in_order=not reorder)
     if fault in PREPARED:
         made = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**PREPARED[fault])).prepare(made)
     if fault == "skip":
         made = skip_first_batches(made, dataset.first_step)
+
     for step, sample in enumerate(made, dataset.first_step):
         positions, lengths = sample["position"], sample["length"]
-        if fault == "claim":
+        if fault == "assume":
             positions, lengths = map(torch.from_numpy, ring.place(step, dataset.first, dataset.last))
         yield Batch(step, sample["tokens"], lengths, positions)
 

@@ -5,15 +5,16 @@ nan N, grad N: the loss, or one gradient, of the last process is not finite at s
 row N: the hidden state of substream 3 is NaN before step N.   spike N: the loss of step N is a hundred times itself.
 hang N, error N: the last process stops, or raises an error, at step N.   slow N: a step takes N milliseconds more.
 masks: dropout masks keyed by rank, not by substream.   skip N: from step N on the loader reads one window too far.
-blind: Accelerate is not told that it is on a CPU.   disk N: each file of a save takes N milliseconds more to write.
-clocks N: a step takes N seconds by the clock of process 0 and N thousand by any other's; saves-RANK tells who saved.
+blind: Accelerate is started without cpu=True.   disk N: each file of a save takes N milliseconds more to write.
+clocks N: a step takes N seconds by the clock of process 0 and N thousand by any other's; saves-RANK lists its saves.
 half: fp16 and the scaling of its losses on a CPU, where Accelerate has neither.
-touches: touched-RANK tells what each process did to names and contents in the run's directory, by Python's own audit.
+touches: touched-RANK lists what each process did to names and contents in the run's directory, by Python's own audit.
 """
 
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import sys
 import time
@@ -22,116 +23,112 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
-
 import torch
-import train
 from accelerate import Accelerator
 
 import rnnlm.files
 import rnnlm.train.distributed
 import rnnlm.train.saving
-from rnnlm.cli import run_entry_point
 from rnnlm.config import Config
 from rnnlm.data.substreams import Batch, SubstreamDataset
 from rnnlm.train.trainer import Trainer
 
+ROOT = Path(__file__).resolve().parents[2]
+replace = setattr  # tests that inject a fault into their own process put there what can be undone
+
+
+# Faults of a process
+
 
 def kill(value: int) -> None:
     """Die like a process that the machine took away."""
-    honest = Trainer.take_step
+    original = Trainer.take_step
 
-    def step(self: Trainer, batch: Batch) -> None:
+    def take_step(self: Trainer, batch: Batch) -> None:
         if self.step == value:
             self.saving.saver.wait()  # or the checkpoint before this step might be lost too, on a slow disk
             os.kill(os.getpid(), signal.SIGKILL)
-        honest(self, batch)
+        original(self, batch)
 
-    Trainer.take_step = step  # type: ignore[method-assign]
+    replace(Trainer, "take_step", take_step)
 
 
 def masks(value: int) -> None:
     """The mistake that the comparison of 1 and 2 processes must show."""
-    honest = Trainer.__init__
+    original = Trainer.__init__
 
     def init(self: Trainer, *arguments: Any) -> None:
-        honest(self, *arguments)
+        original(self, *arguments)
         self.train_step.rows = torch.arange(self.run.last - self.run.first)
 
-    Trainer.__init__ = init  # type: ignore[assignment,method-assign]
+    replace(Trainer, "__init__", init)
 
 
 def skip(value: int) -> None:
     """A loader that jumps over a window."""
-    honest = SubstreamDataset.batch
+    original = SubstreamDataset.batch
 
     def batch(self: SubstreamDataset, step: int) -> Batch:
-        found = honest(self, step + 1 if step >= value else step)
+        found = original(self, step + 1 if step >= value else step)
         return Batch(step, found.tokens, found.lengths, found.positions)
 
-    SubstreamDataset.batch = batch  # type: ignore[method-assign]
+    replace(SubstreamDataset, "batch", batch)
 
 
 def blind(value: int) -> None:
     """Processes that torchrun started and that each believe to be alone."""
-    honest = rnnlm.train.distributed.Accelerator
-    rnnlm.train.distributed.Accelerator = lambda cpu, **options: honest(**options)  # type: ignore[assignment,misc]
+    original = rnnlm.train.distributed.Accelerator
+    replace(rnnlm.train.distributed, "Accelerator", lambda cpu, **options: original(**options))
 
 
-def of_a_save(path: Path) -> bool:
-    """Whether a file belongs to the checkpoints; others are written by the same functions."""
-    return "checkpoints" in path.parts
+def half(value: int) -> None:
+    """Start Accelerate as if this CPU could do what is only done on a GPU."""
+    original = rnnlm.train.distributed.start_accelerator
+
+    def start(config: Config) -> Accelerator:
+        accelerator = original(config)
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        # so large that some steps overflow, and tried again after every 4 that do not
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=4)
+        return accelerator
+
+    replace(rnnlm.train.distributed, "start_accelerator", start)
 
 
-def saving(value: int) -> None:
-    """Die in the middle of a checkpoint."""
-    operations = 0
-
-    def counted(honest: Callable[..., Any]) -> Callable[..., Any]:
-        def operation(path: Path, *arguments: Any) -> Any:
-            nonlocal operations
-            operations += of_a_save(path)
-            if operations == value:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return honest(path, *arguments)
-
-        return operation
-
-    for name in ("write", "sync", "rename", "unlink"):
-        setattr(rnnlm.files, name, counted(getattr(rnnlm.files, name)))
+# Faults of some steps
 
 
 def at_step(step: int, act: Callable[[Trainer], None], times: int = 1, last_only: bool = True) -> None:
     """Do something before a step, and the ones after it, in the last process or in all."""
-    honest = Trainer.take_step
+    original = Trainer.take_step
 
     def take_step(self: Trainer, batch: Batch) -> None:
         if step <= self.step < step + times and (not last_only or self.accelerator.is_last_process):
             act(self)
-        honest(self, batch)
+        original(self, batch)
 
-    Trainer.take_step = take_step  # type: ignore[method-assign]
+    replace(Trainer, "take_step", take_step)
 
 
-def factor(self: Trainer, value: float) -> None:
-    """Multiply the next loss."""
+def multiply_loss(self: Trainer, factor: float) -> None:
+    """Change the next loss."""
     model = self.train_step.model
-    honest = model.forward
+    original = model.forward
 
     def forward(*arguments: Any) -> Any:
-        model.forward = honest
-        loss, count, hidden = honest(*arguments)
-        return loss * value, count, hidden
+        model.forward = original
+        loss, count, hidden = original(*arguments)
+        return loss * factor, count, hidden
 
     model.forward = forward
 
 
 def nan(value: int) -> None:
-    at_step(abs(value), lambda self: factor(self, float("nan")), 4 if value < 0 else 1)
+    at_step(abs(value), lambda self: multiply_loss(self, float("nan")), 4 if value < 0 else 1)
 
 
 def spike(value: int) -> None:
-    at_step(value, lambda self: factor(self, 100.0))
+    at_step(value, lambda self: multiply_loss(self, 100.0))
 
 
 def grad(value: int) -> None:
@@ -165,21 +162,48 @@ def slow(value: int) -> None:
     at_step(0, lambda self: time.sleep(value / 1000), times=10**9, last_only=False)
 
 
+# Faults of the disk and of the clock
+
+
+def belongs_to_a_save(path: Path) -> bool:
+    """Whether a file belongs to the checkpoints; others are written by the same functions."""
+    return "checkpoints" in path.parts
+
+
+def saving(value: int) -> None:
+    """Die in the middle of a checkpoint."""
+    operations = 0
+
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(path: Path, *arguments: Any) -> Any:
+            nonlocal operations
+            operations += belongs_to_a_save(path)
+            if operations == value:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(path, *arguments)
+
+        return operation
+
+    for name in ("write", "sync", "rename", "unlink"):
+        replace(rnnlm.files, name, counted(getattr(rnnlm.files, name)))
+
+
 def disk(value: int) -> None:
-    honest = rnnlm.files.write
+    original = rnnlm.files.write
 
     def write(path: Path, *arguments: Any) -> None:
-        if of_a_save(path):
+        if belongs_to_a_save(path):
             time.sleep(value / 1000)
-        honest(path, *arguments)
+        original(path, *arguments)
 
-    rnnlm.files.write = write
+    replace(rnnlm.files, "write", write)
 
 
 def clocks(value: int) -> None:
-    now, honest, rank = [0.0], Trainer.save, os.environ["RANK"]
-    # that of saving alone: watchdogs and process groups keep the true one
-    rnnlm.train.saving.time = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)  # type: ignore[attr-defined]
+    now, original, rank = [0.0], Trainer.save, os.environ["RANK"]
+    # the clock of saving alone: watchdogs and process groups keep the true one
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    replace(rnnlm.train.saving, "time", clock)
 
     def tick(self: Trainer) -> None:
         now[0] += value * (1 if rank == "0" else 1000)
@@ -187,23 +211,10 @@ def clocks(value: int) -> None:
     def save(self: Trainer, *arguments: Any, **options: Any) -> None:
         with Path(f"saves-{rank}").open("a") as file:
             file.write(f"{self.step}\n")
-        honest(self, *arguments, **options)
+        original(self, *arguments, **options)
 
     at_step(0, tick, times=10**9, last_only=False)
-    Trainer.save = save  # type: ignore[method-assign]
-
-
-def half(value: int) -> None:
-    honest = rnnlm.train.distributed.start_accelerator
-
-    def start(config: Config) -> Accelerator:
-        accelerator = honest(config)
-        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
-        # so large that some steps overflow, and tried again after every 4 that do not
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=4)
-        return accelerator
-
-    rnnlm.train.distributed.start_accelerator = start
+    replace(Trainer, "save", save)
 
 
 def touches(value: int) -> None:
@@ -220,8 +231,13 @@ def touches(value: int) -> None:
     sys.addaudithook(hook)
 
 
-if __name__ == "__main__":
-    for fault, value in zip(sys.argv[1].split("+"), sys.argv[2].split("+"), strict=True):
+def inject(faults: str, values: str) -> None:
+    """Build in the faults, as `A+B`, with their values, as `1+2`."""
+    for fault, value in zip(faults.split("+"), values.split("+"), strict=True):
         globals()[fault](int(value))
+
+
+if __name__ == "__main__":
+    inject(*sys.argv[1:3])
     del sys.argv[1:3]
-    run_entry_point(train.main)
+    runpy.run_path(str(ROOT / "launch/train.py"), run_name="__main__")

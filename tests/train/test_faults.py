@@ -7,25 +7,24 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, RunScript, records, write_stream
+from conftest import FAULTY, ROOT, TRAIN, RunHere, RunScript, records, write_stream
 
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
 from rnnlm.train.run import check_alike
-
-FAULTY, TRAIN = "tests/train/faulty_train.py", "launch/train.py"
 
 
 @pytest.mark.slow
 def test_fault_06_one_rank_alone_makes_renames_and_deletes(
     run_script: RunScript, experiment: Path, tmp_path: Path
 ) -> None:
-    """Two lives on two processes, with saving, deleting old checkpoints and resuming, watched by Python's audit."""
+    """Two attempts on two processes, with saving, deleting old checkpoints and resuming, watched by Python's audit."""
     options = (f"--config={experiment}", "--run.save_every_steps=1", "--eval.every_steps=2")
     for end in (4, 7):
         done = run_script(FAULTY, "touches", "0", *options, f"--train.max_steps={end}", processes=2)
         assert done.returncode == 0, done.stderr
     assert [line["processes"] for line in records(tmp_path / "run", "start")] == [2, 2]
+
     touched = (tmp_path / "touched-0").read_text()
     for step in range(1, 8):
         assert re.search(rf"os.rename .*/checkpoints/[^/]*step-{step:08d}$", touched, re.MULTILINE), step
@@ -42,14 +41,15 @@ def test_fault_07_the_clock_of_rank_0_alone_decides_when_all_save(
     options = (f"--config={experiment}", "--run.save_every_minutes=0.5", "--run.save_every_steps=1000")
     done = run_script(FAULTY, "clocks", "10", *options, "--eval.every_steps=1000", processes=2)
     assert done.returncode == 0, done.stderr
+
     saves = [[int(line) for line in (tmp_path / f"saves-{rank}").read_text().split()] for rank in range(2)]
     assert saves[0] == saves[1] == [4, 8, 12, 16, 20], "more than 30 seconds after the save before"
     assert "run.grace_seconds" not in done.stderr, "control of the next test: saves that are quick enough"
 
 
-def test_fault_12_a_save_longer_than_the_grace_is_warned_of(run_script: RunScript, experiment: Path) -> None:
+def test_fault_12_a_save_longer_than_the_grace_is_warned_of(faulty_here: RunHere, experiment: Path) -> None:
     options = (f"--config={experiment}", "--train.max_steps=2", "--eval.every_steps=99", "--run.grace_seconds=0.3")
-    done = run_script(FAULTY, "disk", "100", *options)
+    done = faulty_here("disk", 100, *options)
     assert done.returncode == 0, done.stderr
     warning = r"^warning: step-00000002 took \d+ seconds to write, more than run.grace_seconds=0.3: after a signal"
     assert re.search(warning, done.stderr, re.MULTILINE), done.stderr
@@ -80,8 +80,9 @@ def test_fault_32_a_process_of_other_code_configuration_or_data_is_refused(
     shutil.copytree(ROOT / "rnnlm", tmp_path / "other/rnnlm")
     with (tmp_path / "other/rnnlm/model/layers.py").open("a") as file:
         file.write("# newer\n")
-    door = tmp_path / "door.py"
-    door.write_text(
+
+    script = tmp_path / "train.py"
+    script.write_text(
         "import os, runpy, sys\n"
         "if os.environ['RANK'] == '1':\n"
         "    os.chdir('other')\n"
@@ -89,7 +90,8 @@ def test_fault_32_a_process_of_other_code_configuration_or_data_is_refused(
         "    sys.argv.append('--optim.learning_rate=0.02')\n"
         f"runpy.run_path({str(ROOT / TRAIN)!r}, run_name='__main__')\n"
     )
-    done = run_script(door, f"--config={experiment}", "--stream.directory=streams", processes=2)
+
+    done = run_script(script, f"--config={experiment}", "--stream.directory=streams", processes=2)
     assert done.returncode != 0
     other = " and another ".join(["configuration", "train stream", "valid stream", "code"])
     assert done.stderr.count(f"error: process 1 has another {other} than process 0 (") == 1, done.stderr
@@ -100,7 +102,7 @@ def test_fault_32_a_process_of_other_code_configuration_or_data_is_refused(
 def test_fault_32_each_difference_is_named(name: str) -> None:
     alike = {"configuration": "c" * 64, "train stream": "s" * 64, "code": "p" * 64, "torch": "2.13.0"}
     check_alike([alike] * 3)
-    with pytest.raises(
-        UserError, match=f"^process 2 has another {name} than process 0 .changed and {alike[name][:12]}"
-    ):
+
+    message = f"^process 2 has another {name} than process 0 .changed and {alike[name][:12]}"
+    with pytest.raises(UserError, match=message):
         check_alike([alike, alike, {**alike, name: "changed"}])

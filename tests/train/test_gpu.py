@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RunScript, records
-from test_trainer import FAULTY, TRAIN, assert_same_bits
+from conftest import FAULTY, TRAIN, RunScript, assert_same_bits, records
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,11 +20,14 @@ pytestmark = [
 def test_resumed_to_the_bit_in_the_precision_asked_for(
     run_script: RunScript, experiment: Path, tmp_path: Path, precision: str, dtype: str, cell: str
 ) -> None:
-    options = [f"--config={experiment}", f"--train.precision={precision}", f"--model.cell={cell}"]
-    options += ["--train.deterministic=true", "--train.device=cuda"]
+    options = (
+        f"--config={experiment}", f"--train.precision={precision}", f"--model.cell={cell}",
+        "--train.deterministic=true", "--train.device=cuda",
+    )  # fmt: skip
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     first = run_script(TRAIN, *options, f"--run.directory={tmp_path}/first", CUDA_VISIBLE_DEVICES=visible)
     assert first.returncode == 0, first.stderr
+
     assert run_script(FAULTY, "kill", "13", *options, CUDA_VISIBLE_DEVICES=visible).returncode == -9
     resumed = run_script(TRAIN, *options, CUDA_VISIBLE_DEVICES=visible)
     assert resumed.returncode == 0, resumed.stderr

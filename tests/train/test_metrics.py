@@ -29,11 +29,11 @@ def test_interval_sums_do_not_depend_on_order_or_grouping() -> None:
     draw = random.Random(0)
     losses = [(draw.uniform(0, 1e5), draw.randint(1, 9000)) for _ in range(500)]
 
-    def sums(parts: list[list[tuple[float, int]]]) -> list[int]:
+    def sums(groups: list[list[tuple[float, int]]]) -> list[int]:
         total = torch.zeros(3, dtype=torch.int64)
-        for part in parts:
+        for group in groups:
             interval = IntervalLoss(torch.device("cpu"))
-            for loss, count in part:
+            for loss, count in group:
                 interval.add(torch.tensor(loss), torch.tensor(count))
             total += interval.sums
         return total.tolist()
@@ -54,12 +54,13 @@ def test_a_loss_that_is_not_finite_is_never_a_number(bad: float) -> None:
 
 def test_lines_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    rows = [line(0, "start"), line(5), line(10, "valid"), line(12), line(12, "start"), line(15)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "train", "st')
+    lines = [line(0, "start"), line(5), line(10, "valid"), line(12), line(12, "start"), line(15)]
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines) + '{"kind": "train", "st')
     keep_lines(path, 10)
-    assert [(row["kind"], row["step"]) for row in read_lines(path)] == [
+    assert [(each["kind"], each["step"]) for each in read_lines(path)] == [
         ("start", 0), ("train", 5), ("valid", 10), ("start", 12),
     ]  # fmt: skip
+
     samples = tmp_path / "samples.md"
     samples.write_text("## step 5\n\none\n\n## step 10\n\ntwo\n\n## step 15\n\nthree\n\n")
     with samples.open("ab") as file:
@@ -70,8 +71,8 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
 
 def test_curves_are_a_picture_even_of_little(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    for rows in ([], [line(5)], [line(5), line(5, "valid"), line(9, loss=1.0), line(9, "valid", loss=1.0)]):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for lines in ([], [line(5)], [line(5), line(5, "valid"), line(9, loss=1.0), line(9, "valid", loss=1.0)]):
+        path.write_text("".join(json.dumps(each) + "\n" for each in lines))
         draw_curves(path, tmp_path / "curves.png")
         assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -97,9 +98,10 @@ def test_fault_31_wandb_missing_or_failing_never_touches_training(
     metrics.write("train", line(5))
     metrics.write("train", line(10))
     metrics.close()
+
     assert "wandb stopped (down)" in capsys.readouterr().err
     assert broken.calls == 1, "it is left out from then on"
-    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [5, 10]
+    assert [each["step"] for each in read_lines(tmp_path / "metrics.jsonl")] == [5, 10]
 
 
 @pytest.mark.filterwarnings("default")  # the package's own
@@ -113,6 +115,7 @@ def test_wandb_offline_keeps_one_run_over_attempts(tmp_path: Path, monkeypatch: 
         assert isinstance(tracker, WandbTracker)
         ids.append(tracker._run.id)
         metrics.close()
+
     assert ids == [(tmp_path / "wandb-id").read_text()] * 2
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
 

@@ -47,6 +47,7 @@ def test_early_stopping_and_nan() -> None:
     memory = ValidationMemory()
     assert [memory.update(loss, step, config) for step, loss in enumerate([2.0, math.nan, 1.5])] == [True, False, True]
     assert not memory.should_stop(config)
+
     memory.update(1.6, 3, config)
     assert not memory.should_stop(config)
     memory.update(1.5, 4, config)
@@ -74,6 +75,7 @@ def test_state_comes_back_to_the_bit(name: str, momentum: float) -> None:
 
     model, optimizer = made()
     train(model, optimizer, range(10))
+
     first, first_optimizer = made()
     train(first, first_optimizer, range(5))
     second, second_optimizer = made()
@@ -81,6 +83,7 @@ def test_state_comes_back_to_the_bit(name: str, momentum: float) -> None:
     saved = {key: value.clone() for key, value in optimizer_tensors(first, first_optimizer, config).items()}
     copy_tensors(optimizer_tensors(second, second_optimizer, config), saved, Path("optimizer.safetensors"))
     train(second, second_optimizer, range(5, 10))
+
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), second.parameters(), strict=True))
     whole, resumed = optimizer_tensors(model, optimizer, config), optimizer_tensors(second, second_optimizer, config)
     assert whole.keys() == resumed.keys()
@@ -117,18 +120,20 @@ def test_what_a_checkpoint_must_hold_of_an_optimizer(config: OptimConfig) -> Non
     "config", [OptimConfig(), OptimConfig(name="adamw"), OptimConfig(name="sgd"), OptimConfig(name="sgd", momentum=0.9)]
 )
 def test_state_that_is_there_from_the_start_changes_no_step(config: OptimConfig) -> None:
-    """PyTorch makes it at the first step; the updates are the same bits."""
+    """PyTorch creates it at the first step; the updates are the same bits."""
     torch.manual_seed(0)
     models = [torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)]
     models[1].load_state_dict(models[0].state_dict())
     optimizers = [build_optimizer(model, config) for model in models]
     optimizers[1].state.clear()
+
     for step in range(5):
         x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
         for model, optimizer in zip(models, optimizers, strict=True):
             optimizer.zero_grad()
             model(x).square().sum().backward()
             optimizer.step()
+
     assert torch.equal(models[0].weight, models[1].weight) and torch.equal(models[0].bias, models[1].bias)
 
 

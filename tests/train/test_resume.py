@@ -1,4 +1,4 @@
-"""Resume to the bit: a pairwise covering array of what may meet, killed in real processes and run again.
+"""Resume to the bit: a pairwise covering array of what may meet, killed in real processes and resumed by other ones.
 
 Every pair of values of two factors meets in one case at least; some cases run by default, the others with -m slow.
 """
@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RunScript, TrainHere, assert_same_bits, final_state, records
+from conftest import FAULTY, TRAIN, RunScript, TrainHere, Uninterrupted, assert_same_bits, final_state, records
 
 from rnnlm.data.ring import Ring
 from rnnlm.data.stream import TokenStream
 
-TRAIN, FAULTY = "launch/train.py", "tests/train/faulty_train.py"
 FACTORS = {
     "kill": ("window", "saving", "epoch", "first"),
     "processes": (1, 2, 4),
@@ -29,22 +28,18 @@ FACTORS = {
 Case = tuple[str | int, ...]
 
 
+def pairs_of(case: Case) -> set[tuple[Any, ...]]:
+    """All pairs of two factors, by their places, with the values that they have in this case."""
+    return {(a, case[a], b, case[b]) for a, b in combinations(range(len(case)), 2)}
+
+
 def covering(factors: list[tuple[str | int, ...]]) -> list[Case]:
     """Cases in which all pairs of values meet: always the case that meets most of the pairs that are left."""
-    pairs = {
-        (a, x, b, y)
-        for (a, first), (b, second) in combinations(enumerate(factors), 2)
-        for x, y in product(first, second)
-    }
+    left = set().union(*(pairs_of(case) for case in product(*factors)))
     cases = []
-    while pairs:
-
-        def new(case: Case, left: set[tuple[Any, ...]] = pairs) -> int:
-            return sum((a, case[a], b, case[b]) in left for a, b in combinations(range(len(factors)), 2))
-
-        case = max(product(*factors), key=new)
-        cases.append(case)
-        pairs -= {(a, case[a], b, case[b]) for a, b in combinations(range(len(factors)), 2)}
+    while left:
+        cases.append(max(product(*factors), key=lambda case: len(pairs_of(case) & left)))
+        left -= pairs_of(cases[-1])
     return cases
 
 
@@ -67,10 +62,11 @@ def test_the_cases_cover_all_pairs() -> None:
         for index, case in enumerate(CASES)
     ],
 )
-def test_fault_01_killed_at_any_place_it_goes_on_bit_for_bit(
+def test_fault_01_killed_anywhere_it_resumes_bit_for_bit(
     run_script: RunScript, train_here: TrainHere, experiment: Path, tmp_path: Path, streams: Path, case: Case
 ) -> None:
     kill, processes, cell, prefetch, accumulation, precision, schedule = case
+    launched = 0 if processes == 1 else processes
     windows = Ring(len(TokenStream(streams / "train")), 24, 32).windows_per_epoch
     assert 10 < windows < 20, "an epoch ends between the last checkpoint but one and the end"
     options = [
@@ -78,24 +74,27 @@ def test_fault_01_killed_at_any_place_it_goes_on_bit_for_bit(
         f"--train.prefetch_threads={prefetch}", f"--train.accumulation={accumulation}", "--eval.every_steps=4",
         f"--train.precision={precision}", f"--optim.schedule={schedule}", "--optim.learning_rate=0.1",
     ]  # fmt: skip
-    launched = 0 if processes == 1 else int(processes)
+
+    def train(*more: str) -> None:
+        done = run_script(TRAIN, *options, *more, processes=launched) if launched else train_here(*options, *more)
+        assert done.returncode == 0, done.stderr
+
     whole, run = tmp_path / "whole", tmp_path / "run"
-    uninterrupted = (*options, f"--run.directory={whole}")
-    done = run_script(TRAIN, *uninterrupted, processes=launched) if launched else train_here(*uninterrupted)
-    assert done.returncode == 0, done.stderr
+    train(f"--run.directory={whole}")
+
     faults = {"window": ("kill", 13), "saving": ("saving", 30), "epoch": ("kill", windows), "first": ("kill", 1)}
     killed = run_script(FAULTY, *map(str, faults[str(kill)]), *options, processes=launched)
     assert killed.returncode != 0
     assert (run / "metrics.jsonl").exists() and not (run / "checkpoints/step-00000020").exists()
-    resumed = run_script(TRAIN, *options, processes=launched)
-    assert resumed.returncode == 0, resumed.stderr
+
+    train()
     steps = [start["step"] for start in records(run, "start")]
     assert len(steps) == 2 and (steps[1] == 10 or kill in ("first", "saving")), steps
     assert_same_bits(run, whole)
 
 
 @pytest.mark.slow
-def test_fault_01_the_scaling_of_fp16_losses_goes_on_bit_for_bit(
+def test_fault_01_the_scaling_of_fp16_losses_resumes_bit_for_bit(
     run_script: RunScript, experiment: Path, tmp_path: Path
 ) -> None:
     """On a CPU, with the layers in real fp16 and PyTorch's own scaler."""
@@ -103,11 +102,13 @@ def test_fault_01_the_scaling_of_fp16_losses_goes_on_bit_for_bit(
     options = (f"--config={experiment}", "--train.max_steps=30", "--train.epochs=3", "--run.log_every_steps=1")
     done = run_script(FAULTY, "half", "0", *options, f"--run.directory={whole}")
     assert done.returncode == 0, done.stderr
+
     assert run_script(FAULTY, "half+kill", "0+23", *options).returncode == -9
     done = run_script(FAULTY, "half", "0", *options)
     assert done.returncode == 0, done.stderr
     assert [start["step"] for start in records(run, "start")] == [0, 20]
     assert_same_bits(run, whole, 30)
+
     last = records(run, "train")[-1]
     assert last["ran_in"] == {"layer0": "float16", "layer1": "float16", "head": "float16"}
     skipped = [line["skipped_steps"] for line in records(run, "train")]
@@ -124,12 +125,77 @@ def test_fault_35_resumed_exactly_at_an_epochs_end(
     whole, run = tmp_path / "whole", tmp_path / "run"
     options = (f"--config={experiment}", "--optim.horizon_steps=20")
     assert train_here(*options, f"--run.directory={whole}").returncode == 0
+
     assert train_here(*options, f"--train.max_steps={windows}").returncode == 0
     done = train_here(*options)
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in records(run, "start")] == [0, windows]
+
     (mine, my_state), (theirs, their_state) = final_state(run, 20), final_state(whole, 20)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert my_state["memory"] == their_state["memory"]
     assert records(run, "train")[-1]["tokens"] == records(whole, "train")[-1]["tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_fault_01_killed_after_step_10_of_20_it_resumes_bit_for_bit(
+    uninterrupted: Uninterrupted, run_script: RunScript, experiment: Path, tmp_path: Path, streams: Path, processes: int
+) -> None:
+    if processes == 3:  # from three on, the order in which DDP sums gradients shows
+        experiment.write_text(experiment.read_text().replace('"global_batch_size": 16', '"global_batch_size": 15'))
+    expected = uninterrupted(processes)
+    windows = Ring(len(TokenStream(streams / "train")), 15 if processes == 3 else 16, 48).windows_per_epoch
+    assert 10 < windows < 20, "an epoch ends between the checkpoint and the end"
+
+    launched = 0 if processes == 1 else processes
+    killed = run_script(FAULTY, "kill", "13", f"--config={experiment}", processes=launched)
+    assert killed.returncode != 0
+    run = tmp_path / "run"
+    assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000010"]
+    assert records(run, "train")[-1]["step"] == 12, "it had gone further than its checkpoint"
+
+    resumed = run_script(TRAIN, f"--config={experiment}", processes=launched)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from step 10 of 20" in resumed.stderr
+    assert_same_bits(run, expected)
+    assert [start["step"] for start in records(run, "start")] == [0, 10]
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    samples = (run / "samples.md").read_text()
+    assert samples == (expected / "samples.md").read_text()
+    assert samples.count("## step") == 2 and "anna sees" in samples
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--optim.schedule=plateau", "--model.cell=gru", "--train.precision=bf16"])
+def test_plateau_early_stopping_cells_and_bf16_resume_to_the_bit(
+    run_script: RunScript, experiment: Path, tmp_path: Path, option: str
+) -> None:
+    """Evaluated every 2 steps with a learning rate that cannot help, so that plateaus happen."""
+    options = [
+        f"--config={experiment}", option, "--eval.every_steps=2", "--run.keep_last=9", "--optim.clip_norm=0",
+        "--optim.name=sgd", "--optim.momentum=0.9", "--optim.learning_rate=40", "--optim.plateau_factor=0.9",
+        "--optim.early_stop_patience=7",
+    ]  # fmt: skip
+    first = run_script(TRAIN, *options, f"--run.directory={tmp_path}/first")
+    assert first.returncode == 0, first.stderr
+    killed = run_script(FAULTY, "kill", "11", *options)
+    assert killed.returncode == -9
+    resumed = run_script(TRAIN, *options)
+    assert resumed.returncode == 0, resumed.stderr
+
+    run = tmp_path / "run"
+    ended = records(run, "valid")[-1]["step"]
+    assert ended < 20
+    assert f"stopped early at step {ended} of 20" in resumed.stdout
+    assert_same_bits(run, tmp_path / "first", ended)
+    best = [line["step"] for line in records(run, "valid") if line["best"]]
+    assert best[-1] < ended
+    assert [path.name for path in (run / "checkpoints").glob("best-*")] == [f"best-{best[-1]:08d}"]
+
+    last = records(run, "train")[-1]
+    if "plateau" in option:
+        assert last["learning_rate"] < 40
+    expected = "bfloat16" if "bf16" in option else "float32"
+    assert last["ran_in"] == {"layer0": expected, "layer1": expected, "head": expected}
