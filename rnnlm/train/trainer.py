@@ -73,7 +73,7 @@ class Trainer:
     def fit(self) -> int:
         """Train to the end, or until a signal asks to stop; the exit code."""
         preempted = False
-        with self.saving, closing(self.watchdog), closing(self._batches()) as batches:
+        with closing(self.metrics), self.saving, closing(self.watchdog), closing(self._batches()) as batches:
             self.watchdog.start()
             while not self.finished and not preempted:
                 self.take_step(next(batches))
@@ -247,12 +247,11 @@ class Trainer:
         return metrics
 
     def _end(self, preempted: bool) -> int:
-        """Finish the reports, and print where everything is; the exit code.
+        """Print where everything is; the exit code.
 
         Raises:
             RunError: the last checkpoint could not be written.
         """
-        self.metrics.close()
         if self.accelerator.is_main_process:
             self._print_preempted() if preempted else self._print_finished()
         if not preempted:

@@ -94,7 +94,6 @@ def test_a_batch_that_is_split_over_the_processes_is_caught(
     assert records(tmp_path / "run", "train") == []
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # an error leaves metrics.jsonl open
 def test_a_loader_that_skips_a_window_is_caught(faulty_here: RunHere, experiment: Path) -> None:
     done = faulty_here("skip", 4, f"--config={experiment}")
     assert done.returncode == 1

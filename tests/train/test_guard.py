@@ -116,7 +116,6 @@ def test_fault_16_and_17_a_step_that_is_not_finite_changes_nothing_on_any_rank(
         assert not after["hidden.layer0.h"][3].any() and after["hidden.layer0.h"][rows].all(dim=1).all()
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # an error leaves metrics.jsonl open
 def test_fault_16_the_run_stops_after_too_many_in_a_row_and_resumes_from_the_last_checkpoint(
     faulty_here: RunHere, train_here: TrainHere, experiment: Path, tmp_path: Path
 ) -> None:
