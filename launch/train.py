@@ -5,9 +5,9 @@
     accelerate launch --config_file launch/cpu.yaml --num_processes 2 launch/train.py --config configs/imdb.yaml
     accelerate launch --config_file launch/one_node.yaml launch/train.py --config configs/imdb.yaml
 
-Exit codes: 0 done; 75 stopped by SIGTERM, SIGINT or SIGUSR1, with a checkpoint saved and preempted.json left in the
-run; 1 a fault; 2 a mistake in what was asked. Where this script exits with 75, accelerate launch exits with 1, so
-scripts look for preempted.json.
+Exit codes: 0 done; 75 stopped by SIGTERM, SIGINT or SIGUSR1 (preempted.json in the run holds the step that was saved);
+1 a fault; 2 a mistake in what was asked; 128 + the number of a second signal, which ends it at once. Where this script
+exits with 75, accelerate launch exits with 1, so scripts look for preempted.json.
 """
 
 from rnnlm.cli import read_config, run_entry_point

@@ -9,8 +9,8 @@
 Everything is written under `<name>.partial`, synced, then renamed. One of the same name that was there stays as
 `<name>.replaced` until the new one has been read back; readers take it only where `<name>` is not whole. What is
 loaded is compared with the manifest in the same pass that reads it; no pickle anywhere. A damaged checkpoint is
-renamed to `damaged-<name>` and the one before it is used. Whoever wrote the files: none leads out of the directory,
-and none takes more memory than the caller expects. The price: every byte saved is read back once.
+renamed to `damaged-<name>` and the one before it is used. The files are not trusted: no link is followed, and
+sizes and shapes are checked before memory is taken. The price: every byte saved is read back once.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class Saved:
     """The result of one save."""
 
     name: str
-    path: Path | None  # None: not written, or its name may not outlive a crash
+    path: Path | None  # None: not written, or a power loss may undo its name
     error: OSError | UserError | None  # beside a path: older ones could not be deleted
     bytes: int  # of all its files
     seconds: float  # of writing, reading back and deleting

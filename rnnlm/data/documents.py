@@ -70,7 +70,7 @@ class BadRecordError(Exception):
 
 
 def read(job: Job, corpus: CorpusConfig) -> Iterator[tuple[int, Iterator[Item]]]:
-    """Every unit that the job passes, with what is in it; with a stride it passes also units that other jobs own.
+    """Every unit that the job reads through, with what is in it: of a compressed file also units of other jobs.
 
     Raises:
         UserError: a bad record or a damaged file, naming file and byte, unless corpus.on_bad_record is `skip`.

@@ -30,7 +30,10 @@ BATCH_BYTES = 2**17  # of text looked up at once: what is written then still lie
 
 
 class Encoder:
-    """Encodes many documents with one tokenizer; holds the table of words. `why_whole`: the function of that name."""
+    """Encodes many documents with one tokenizer; holds the table of words.
+
+    `why_whole`: why texts are encoded whole under this tokenizer; empty where they are encoded by words.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer

@@ -46,7 +46,7 @@ class Run:
         ring: how the training stream is read, from the origin of this attempt on.
         first, last: substreams first ... last - 1 are this process's.
         checkpoint: the newest whole one, and its state; None: the run begins.
-        same_rows: whether the hidden states in the checkpoint are those of this attempt's substreams.
+        same_substreams: whether the hidden states in the checkpoint are those of this attempt's substreams.
         damaged: what is wrong with each newer checkpoint.
     """
 
@@ -57,7 +57,7 @@ class Run:
     last: int
     checkpoint: Checkpoint | None
     state: TrainerState | None
-    same_rows: bool
+    same_substreams: bool
     damaged: tuple[str, ...]
 
 
@@ -93,8 +93,8 @@ def open_run(config: Config, accelerator: Accelerator, streams: Streams) -> Iter
                 found = checkpoint.load(Path(start.checkpoint), every_byte=False)  # tensors: as they are read
                 state = check_state(found.state, found.path)
         ring = open_ring(config, streams.train, start.origin)
-        same_rows = "train.global_batch_size" not in start.changed
-        yield Run(directory, tokenizer, ring, first, last, found, state, same_rows, start.damaged)
+        same_substreams = "train.global_batch_size" not in start.changed
+        yield Run(directory, tokenizer, ring, first, last, found, state, same_substreams, start.damaged)
 
 
 @dataclass(frozen=True)

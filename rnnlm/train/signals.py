@@ -21,14 +21,14 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Interrupts:
-    """A context in which SIGTERM, SIGINT and SIGUSR1 are requests. `name`: the first that came, empty before.
+    """A context in which SIGTERM, SIGINT and SIGUSR1 are requests. `first_signal`: the first one's name, empty before.
 
     A thread takes them from a pipe that Python's C handler writes them into: handlers in Python wait while the main
     thread is in a collective, perhaps for ever.
     """
 
     def __init__(self) -> None:
-        self.name = ""
+        self.first_signal = ""
         self._before: dict[int, Any] = {}
         self._pipe = (-1, -1)
 
@@ -57,8 +57,8 @@ class Interrupts:
             if number not in SIGNALS:  # another one that has a handler
                 continue
 
-            if not self.name:
-                self.name, first_at = signal.Signals(number).name, time.monotonic()
+            if not self.first_signal:
+                self.first_signal, first_at = signal.Signals(number).name, time.monotonic()
             elif time.monotonic() - first_at >= ECHO_SECONDS:
                 os._exit(128 + number)  # the exit code that shells give it
         os.close(self._pipe[0])

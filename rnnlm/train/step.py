@@ -67,16 +67,16 @@ class TrainStep:
         train = self.config.train
         return train.exact_slices // self.accelerator.num_processes if train.exact_slices else train.accumulation
 
-    def run(self, batch: Batch, begins: bool, rate: float) -> None:
+    def run(self, batch: Batch, epoch_begins: bool, rate: float) -> None:
         """Forward, backward, clip, update.
 
         Args:
-            begins: whether an epoch does; hidden states then start from zero.
+            epoch_begins: whether this is the first step of an epoch; hidden states then start from zero.
             rate: the learning rate.
         """
         inputs, targets = batch.to(self.rows.device)  # (B, T) each
         step = torch.full((), batch.step, device=self.rows.device)  # int64, filled on the device: no copy to wait for
-        if begins:
+        if epoch_begins:
             self.hidden = self.raw.zero_hidden(self.last - self.first)
         before = self.interval.sums.clone()
 
@@ -186,11 +186,11 @@ class TrainStep:
         """The layout of each state that has a tag for it."""
         return {name: state.layout for name, state in self.raw.states().items() if state.layout}
 
-    def restore(self, found: Checkpoint, state: TrainerState, same_rows: bool) -> Tensor | None:
+    def restore(self, found: Checkpoint, state: TrainerState, same_substreams: bool) -> Tensor | None:
         """Take over what a checkpoint holds for these rows; where they ended, (rows,) int64.
 
         Args:
-            same_rows: else an epoch begins, all hidden states with it from zero, and there is nothing to return.
+            same_substreams: else an epoch begins, all hidden states with it from zero, and there is nothing to return.
 
         Raises:
             CheckpointError: damaged, or of another model.
@@ -206,7 +206,7 @@ class TrainStep:
         self.guard.restore(state.health.counts, state.health.losses, state.health.resets if is_main else 0)
         if self.accelerator.scaler and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
-        return self._restore_hidden(found, state) if same_rows else None
+        return self._restore_hidden(found, state) if same_substreams else None
 
     def _restore_hidden(self, found: Checkpoint, state: TrainerState) -> Tensor:
         if state.layouts != self.layouts():

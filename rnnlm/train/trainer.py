@@ -111,9 +111,9 @@ class Trainer:
         return self.step % every == 0 or self.finished
 
     def sync_flags(self) -> tuple[bool, bool]:
-        """(whether to stop, whether to save), the same on all processes: a signal to any one, the clock of the main."""
+        """(whether to stop, whether to save), the same on all processes: a signal to any one, the main one's clock."""
         self.watchdog.beat()
-        stop, late = self.any_rank.any(bool(self.interrupts.name), self.saving.is_late())
+        stop, late = self.any_rank.any(bool(self.interrupts.first_signal), self.saving.is_late())
         preempted = stop and not self.finished
         # on GPUs the answer is a step old: it may ask for the save that was just made
         return preempted, preempted or (late and self.step > self.saving.submitted_step + 1)
@@ -216,7 +216,7 @@ class Trainer:
             print(f"warning: saved under {state.versions}, now {now}: bits may differ", file=sys.stderr)
 
         with errors_may_be_local():
-            ended = self.train_step.restore(found, state, self.run.same_rows)
+            ended = self.train_step.restore(found, state, self.run.same_substreams)
             if ended is not None:
                 self.continuity.resume_at(ended.numpy(), state.step, found.path)
 
@@ -260,7 +260,7 @@ class Trainer:
 
     def _print_preempted(self) -> None:
         """A line for the person at the console, and the marker for scripts."""
-        name, saved = self.interrupts.name or "a signal to another process", self.saving.saved_step
+        name, saved = self.interrupts.first_signal or "a signal to another process", self.saving.saved_step
         mark_preempted(self.run.directory, name, self.step, saved)
         print(
             f"{self.run.directory}: {name} at step {self.step} of {self.total_steps}, saved at step {saved}; "
