@@ -29,7 +29,7 @@ quickstart: $(VENV)/installed
 	@echo "  python launch/generate.py --run.directory=runs/my"
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
