@@ -80,8 +80,7 @@ register_optimizer("sgd", OptimizerKind(_build_sgd, _sgd_state))
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer over the model's parameters, with its state in place: fused SGD leaves its momentum uninitialised
-    when its first step is skipped.
+    """The optimizer over the model's parameters, with its declared state in place.
 
     Raises:
         UserError: it cannot skip a step exactly.
@@ -95,6 +94,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
             "_step_supports_amp_scaling = True on it"
         )
 
+    # before the first step: if that one is skipped, fused SGD would leave its momentum uninitialised
     for parameter in model.parameters():
         optimizer.state[parameter] = kind.state(parameter.detach(), config)
     return optimizer
