@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 from rnnlm.data.tokenizer import Tokenizer
 
-
 SPACE_BYTE = "<0x20>"  # SentencePiece writes spaces otherwise, and takes only those away that begin a text
 
 
