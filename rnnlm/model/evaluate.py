@@ -1,10 +1,12 @@
 """Evaluation: loss, perplexities and bits per byte of a stream, with carried hidden state.
 
 The stream's ring is cut into `batch_size` substreams, so every token is scored once, the very first one after the last
-EOS. Processes share the work in blocks of a fixed shape, and losses are summed in fp64, row by row, in one order: the
-result depends on `batch_size` alone, to the last bit on one kind of machine, not on the number of processes or on the
-windows of training. The price: more processes than blocks have nothing to do, and small blocks use a large GPU less
-than fully.
+EOS. A substream begins with the state that the tokens before it leave behind, WARM_UP of them, which are read and not
+scored. (7,000 tokens of Python code cut into 64 have 4.9 % more loss than uncut where each starts from zero, and
+0.003 % more in this way.) Processes share the work in blocks of a fixed shape, and losses are summed in fp64, row by
+row, in one order: the result depends on `batch_size` alone, to the last bit on one kind of machine, not on the number
+of processes or on the windows of training. The price: WARM_UP more tokens for each substream; more processes than
+blocks have nothing to do, and small blocks use a large GPU less than fully.
 """
 
 from __future__ import annotations
@@ -14,16 +16,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rnnlm.data.ring import Ring
+from rnnlm.data.ring import Positions, Ring
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.substreams import SubstreamDataset
 from rnnlm.model.language_model import RecurrentLM
+from rnnlm.model.layers import Hidden
 
 BLOCK_ROWS = 16  # substreams computed together; part of what makes results comparable, so not an option
 WINDOW = 64  # tokens at once, likewise
+WARM_UP = 4 * WINDOW  # tokens before each substream, likewise
 
 
 @dataclass(frozen=True)
@@ -89,12 +94,13 @@ def evaluate(
     for turn in range(0, rows, processes * BLOCK_ROWS):
         first = turn + process * BLOCK_ROWS
         if first >= rows:  # nothing left for this process, which still meets the others
-            for _ in range(ring.windows_per_epoch):
+            for _ in range(1 + ring.windows_per_epoch):
                 beat()
             continue
 
         last = min(first + BLOCK_ROWS, rows)
-        hidden = model.zero_hidden(last - first)
+        hidden = _warm_up(model, stream, ring.edges(first, last)[:-1])
+        beat()
         for batch in SubstreamDataset(stream, ring, first, last, 0, ring.windows_per_epoch):
             inputs, targets = batch.to(device)
             if not count_eos:
@@ -114,3 +120,25 @@ def evaluate(
         count_eos=count_eos,
         batch_size=batch_size,
     )
+
+
+def _warm_up(model: RecurrentLM, stream: TokenStream, begins: Positions) -> Hidden:
+    """The state of substreams that begin at ring positions `begins`, (B,), after the WARM_UP tokens before each.
+
+    Where there are fewer, after all of these; the stream's first token has the state zero before it.
+    """
+    device = model.embedding.weight.device
+    hidden = model.zero_hidden(len(begins))
+    for done in range(0, WARM_UP, WINDOW):
+        tokens = torch.from_numpy(stream.windows(begins - (WARM_UP - done), WINDOW)).to(device)
+        _, hidden = model.next_logits(tokens.to(torch.int64), hidden)
+
+    # windows of those that begin too early have gone around the ring
+    for row in np.flatnonzero(begins < WARM_UP).tolist():
+        own = model.zero_hidden(1)
+        if begins[row]:
+            tokens = torch.from_numpy(stream.windows(np.array([0]), int(begins[row]))).to(device)
+            _, own = model.next_logits(tokens.to(torch.int64), own)
+        for name, state in own.items():
+            hidden[name][row] = state[0]
+    return hidden

@@ -7,8 +7,9 @@ ended keeps its row of the batch until the last one ends.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import TextIO
 
 import torch
@@ -20,6 +21,7 @@ from rnnlm.errors import UserError
 from rnnlm.model.dropout import hashed_bits, mix
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.model.layers import Hidden
+from rnnlm.model.prompt import Prompt, piece_table
 
 PLACE = 0x67656E  # in place of a place in the network, whose numbers are hashes: keeps draws apart from masks
 
@@ -38,7 +40,8 @@ def generate(
 ) -> Iterator[Fragment]:
     """Continue each prompt `config.samples` times; fragments of text come as they are made.
 
-    A prompt is read like the beginning of a document, after an EOS; the empty prompt starts a new document.
+    A prompt is read like the beginning of a document, after an EOS; the empty prompt starts a new document. Where more
+    text could make other tokens of its end, these are drawn again among all that agree with it (prompt.py).
 
     Raises:
         UserError: the model's head does not predict tokens.
@@ -46,7 +49,9 @@ def generate(
     if not model.head.predicts_tokens:
         raise UserError(f"model.head={model.config.head}: does not predict tokens, so there is no text; evaluate it")
 
-    contexts = [[tokenizer.eos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    table = piece_table(tokenizer)
+    split = [table.split(prompt) for prompt in prompts]
+    contexts = [[tokenizer.eos_id, *each.ids] for each in split]
     device = model.embedding.weight.device
 
     # one row of the batch for each sample of each prompt, from the state at its own prompt's end
@@ -55,24 +60,55 @@ def generate(
     logits = torch.cat([warm[prompt][0] for prompt, _ in owners])  # (B, V)
     hidden: Hidden = {name: torch.cat([warm[prompt][1][name] for prompt, _ in owners]) for name in warm[0][1]}
 
-    decoders = [tokenizer.decoder(contexts[prompt]) for prompt, _ in owners]
-    rows = torch.tensor([(prompt << 20) + sample for prompt, sample in owners])
-    running = [True] * len(owners)
+    rows = [_Row(tokenizer, contexts[prompt], split[prompt], config) for prompt, _ in owners]
+    numbers = torch.tensor([(prompt << 20) + sample for prompt, sample in owners])
+    for place in count():
+        logits = logits.cpu()  # draws are alike whatever the device
+        for row, of_row in zip(rows, logits, strict=True):
+            if row.rest:
+                of_row.copy_(_only(of_row, table.agreeing(row.rest)))
 
-    for place in range(config.max_tokens):
-        tokens = draw(logits.cpu(), config, torch.tensor(place), rows)  # (B,), alike whatever the device
-        for row, token in enumerate(tokens.tolist()):
-            if running[row]:
-                running[row] = not (config.stop_at_eos and token == tokenizer.eos_id)
-                if text := decoders[row].push(token):
-                    yield Fragment(*owners[row], text)
-        if not any(running):
+        tokens = draw(logits, config, torch.tensor(place), numbers)  # (B,)
+        for row, owner, token in zip(rows, owners, tokens.tolist(), strict=True):
+            if row.is_running and (text := row.push(token)):
+                yield Fragment(*owner, text)
+        if not any(row.is_running for row in rows):
             break
         logits, hidden = model.next_logits(tokens[:, None].to(device), hidden)
 
-    for owner, decoder in zip(owners, decoders, strict=True):
-        if text := decoder.finish():
+    for owner, row in zip(owners, rows, strict=True):
+        if text := row.decoder.finish():
             yield Fragment(*owner, text)
+
+
+class _Row:
+    """A sample as it is drawn."""
+
+    def __init__(self, tokenizer: Tokenizer, context: list[int], prompt: Prompt, config: GenerateConfig):
+        self.tokenizer, self.config = tokenizer, config
+        self.decoder = tokenizer.decoder(context)
+        self.rest, self._hidden = prompt.rest, prompt.characters  # of the prompt, still to be written; shown already
+        self._left = config.max_tokens
+        self.is_running = True
+
+    def push(self, token: int) -> str:
+        """The text that is certain once a token has come, without that of the prompt."""
+        data = self.tokenizer.piece_bytes(token)
+        self._left -= len(data) > len(self.rest) or not self.rest  # a token of the prompt alone is none of the sample
+        self.rest = self.rest[len(data) :]
+        ended = self.config.stop_at_eos and token == self.tokenizer.eos_id
+        self.is_running = not ended and self._left > 0
+
+        text = self.decoder.push(token)
+        shown = text[: self._hidden]
+        self._hidden -= len(shown)
+        return text[len(shown) :]
+
+
+def _only(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    """(V,) logits with -inf for all but some tokens."""
+    index = torch.tensor(tokens)
+    return torch.full_like(logits, -torch.inf).index_copy(0, index, logits[index])
 
 
 def continuations(
@@ -116,7 +152,9 @@ def draw(logits: Tensor, config: GenerateConfig, place: Tensor, rows: Tensor) ->
     """
     if config.temperature == 0:
         return logits.argmax(dim=1)
-    logits = restrict(logits.double() / config.temperature, config.top_k, config.top_p)
+    logits = logits.double()
+    logits = logits - logits.amax(dim=1, keepdim=True)  # else a temperature near 0 makes the largest ones infinite
+    logits = restrict(logits / config.temperature, config.top_k, config.top_p)
     bits = mix(hashed_bits(config.seed, PLACE, place, rows, 1, logits.shape[1])[0])  # (B, V)
     uniform = (bits.double() + (2**31 + 0.5)) / 2**32  # in (0, 1), both ends excluded
     return (logits - (-uniform.log()).log()).argmax(dim=1)

@@ -39,12 +39,30 @@ def test_prompts_of_different_lengths_as_one_batch_equal_each_alone(model: Recur
         assert together[index, 0] == texts(model, tokenizer, [prompt], config)[0, 0] != ""
 
 
+def certain(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], bytes]:
+    """The tokens of a prompt up to where a longer piece could begin, and the bytes behind them; the slow way."""
+    ids, pieces = tokenizer.encode(prompt), list(map(tokenizer.piece_bytes, range(tokenizer.vocab_size)))
+    for cut in range(len(ids)):
+        rest = b"".join(pieces[token] for token in ids[cut:])
+        if any(piece.startswith(rest) and len(piece) > len(rest) for piece in pieces):
+            return ids[:cut], rest
+    return ids, b""
+
+
 def test_greedy_is_the_likeliest_token_each_time(model: RecurrentLM, tokenizer: Tokenizer) -> None:
+    """Of the tokens that agree with the prompt's text while there is some of it left."""
     prompt = make_text(1)[0]
-    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
-    for _ in range(12):  # the slow way: the whole text again for every token
+    ids, rest = certain(tokenizer, prompt)
+    ids, made = [tokenizer.eos_id, *ids], 0
+    while made < 12:  # the slow way: the whole text again for every token
         logits, _ = model.next_logits(torch.tensor([ids]), model.zero_hidden(1))
+        for token in range(tokenizer.vocab_size) if rest else ():
+            piece = tokenizer.piece_bytes(token)
+            if not piece or not (piece.startswith(rest) or rest.startswith(piece)):
+                logits[0, token] = -torch.inf
         ids.append(int(logits.argmax()))
+        made += len(tokenizer.piece_bytes(ids[-1])) > len(rest) or not rest
+        rest = rest[len(tokenizer.piece_bytes(ids[-1])) :]
     config = GenerateConfig(temperature=0, max_tokens=12, stop_at_eos=False)
     assert prompt + texts(model, tokenizer, [prompt], config)[0, 0] == tokenizer.decode(ids)
 
@@ -90,3 +108,9 @@ def test_top_k_and_top_p() -> None:
     assert kept(2, 0.5) == [1]  # of the two, 0.4 / 0.7 > 0.5
     assert torch.equal(restrict(logits, 2, 1.0)[0, [1, 3]], logits[0, [1, 3]])
     assert restrict(torch.zeros(1, 5), 2, 1.0)[0].isfinite().tolist() == [True, True, False, False, False]
+
+
+def test_a_temperature_near_zero_draws_the_likeliest() -> None:
+    logits = torch.tensor([[-3.0, 1.5, 1.0], [2.0, -torch.inf, 2.5]])
+    drawn = draw(logits, GenerateConfig(temperature=1e-320), torch.tensor(0), torch.arange(2))
+    assert drawn.tolist() == [1, 2]
