@@ -33,6 +33,7 @@ from rnnlm.data.build.executor import WorkerPool, dask_pool, process_pool
 from rnnlm.data.build.units import write_json, write_unit
 from rnnlm.data.documents import Rejected, read
 from rnnlm.data.encoder import Encoder
+from rnnlm.data.filetypes import document_of_all
 from rnnlm.data.jobs import Job, jobs
 from rnnlm.data.sources import Source, corpus_sources
 from rnnlm.data.stream_format import Manifest
@@ -94,11 +95,12 @@ class Build:
     def source(self) -> dict[str, Any]:
         """What the streams are made from; recorded in the manifest, so that a finished build is known again."""
         corpus, stream = self.config.corpus, self.config.stream
+        paths = [file.path for inputs in self.inputs.values() for file in inputs]
 
         # what changes the units alone, as unit_bytes, is missing: it changes no stream
         return {
             "files": {split: [[file.name, file.size] for file in inputs] for split, inputs in self.inputs.items()},
-            "document": corpus.document,
+            "document": document_of_all(paths, corpus.document),
             "field": corpus.field,
             "on_bad_record": corpus.on_bad_record,
             "max_document_bytes": corpus.max_document_bytes,
