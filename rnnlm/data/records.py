@@ -53,7 +53,7 @@ def blocks(chunks: Iterator[bytes], corpus: CorpusConfig, only: int | None = Non
     for chunk in chain(chunks, [b""]):  # an empty one behind the last: the file's end
         cutter.buffer += chunk
         if not cutter.at_record:
-            cutter.skip_to_first_record()
+            cutter.skip_to_first_record(final=not chunk)
 
         while not cutter.is_past_unit() and (block := cutter.next_block(final=not chunk)):
             yield block
@@ -120,9 +120,9 @@ class _Cutter:
         behind = self.only is not None and self.start >= (self.unit + 1) * self.unit_bytes
         return behind and not self.in_long_record
 
-    def skip_to_first_record(self) -> None:
+    def skip_to_first_record(self, final: bool) -> None:
         """Drop what belongs to a record before the unit, as far as it is read."""
-        cut = _next_start(self.buffer, self.unit * self.unit_bytes - self.start, self.document, final=False)
+        cut = _next_start(self.buffer, self.unit * self.unit_bytes - self.start, self.document, final)
         self.at_record = cut >= 0
         self._drop(cut if self.at_record else max(0, _sure_bytes(self.buffer, self.document)))
 

@@ -17,7 +17,7 @@ from reading import COMPRESSED, PACK, read_all, rejected, texts
 
 from rnnlm.config import Config, CorpusConfig, StreamConfig
 from rnnlm.data.build.build import Build
-from rnnlm.data.filetypes import REFUSED, UNCLEAR, document_of_all
+from rnnlm.data.filetypes import MAGICS, REFUSED, TABLES, UNCLEAR, disguised, document_of_all
 from rnnlm.data.sources import corpus_sources, sources
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
@@ -137,6 +137,17 @@ def test_a_name_that_lies_is_found_by_the_first_bytes(tmp_path: Path, kind: str,
         read_all(path)
     for policy in ("skip", "replace"):
         assert rejected(read_all(path, on_bad_record=policy)) == [(0, "no text")]
+
+
+@pytest.mark.parametrize(("offset", "magic", "kind", "suffix"), MAGICS, ids=lambda value: str(value))
+def test_every_magic_is_known_and_has_a_way_out(offset: int, magic: bytes, kind: str, suffix: str) -> None:
+    begin = b"x" * offset + magic
+    found = disguised("text.txt", begin + b"more")
+    assert found is not None and found[0] == kind and found[1]
+    if suffix in (*COMPRESSED, *TABLES):
+        assert found[1] == f"give it a name that ends in {suffix}"
+    assert disguised("text.txt", begin[:-1] + b"?more") is None
+    assert disguised("text.txt", b"") is None
 
 
 @pytest.mark.parametrize("suffix", COMPRESSED)

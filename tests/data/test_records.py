@@ -110,6 +110,7 @@ def read_both_ways(directory: Path, data: bytes, chunk: int, corpus: CorpusConfi
 @example(("line", b"aaaa\n"), 9, 3, 9)
 @example(("line", b"aaa\r\n"), 9, 3, 4)
 @example(("paragraph", b"\n" + b"a" * 9), 20, 3, 3)
+@example(("paragraph", b"\n\n "), 1, 3, 1)
 @example(("paragraph", b"aaaa\n" + b" " * 253 + b"\r\nb"), 257, 3, 20)
 @example(("paragraph", b"aaaa\n" + b" " * 253 + b"\r\nb"), 260, 300, 1)
 @example(("paragraph", b"aaaa\n" + b" " * 254 + b"\nb"), 260, 300, 1)
