@@ -1,6 +1,6 @@
 """Text files -> jobs of work units: the ranges of input that workers read, in any order.
 
-A unit is the records that *start* in one fixed range of a file's decompressed bytes (of a parquet file: a row group;
+A unit is the records that *start* in one fixed range of a file's decompressed bytes (of a table: some of its rows;
 where a document is a whole file: some consecutive files). It depends on the files alone, so any worker can find its
 unit's edges, and the result does not depend on which worker reads what:
 
@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rnnlm.config import CorpusConfig
-from rnnlm.data.decompress import is_streamed
-from rnnlm.data.sources import Source, is_parquet
+from rnnlm.data.filetypes import is_streamed, is_table
+from rnnlm.data.sources import Source
 from rnnlm.errors import UserError
 
 
@@ -52,19 +52,19 @@ def jobs(split: str, files: list[Source], corpus: CorpusConfig, workers: int) ->
     """All there is to read, in corpus order; jobs enough for `workers`, also of files that open only at their start.
 
     Raises:
-        UserError: parquet files among others, where a document is a whole file.
+        UserError: tables among others, where a document is a whole file.
     """
-    parquet = sum(map(is_parquet, files))
-    if corpus.document == "file" and 0 < parquet < len(files):
-        raise UserError("corpus.document=file: .parquet among other files; give them as a corpus of their own")
-    if corpus.document == "file" and not parquet:
+    tables = sum(is_table(source.path) for source in files)
+    if corpus.document == "file" and 0 < tables < len(files):
+        raise UserError("corpus.document=file: tables among other files; give them as a corpus of their own")
+    if corpus.document == "file" and not tables:
         yield from _jobs_of_whole_files(split, files, corpus.unit_bytes)
         return
 
-    streamed = sum(map(is_streamed, files))
+    streamed = sum(is_streamed(source.path) for source in files)
     stride = -(-workers // streamed) if streamed else 1
     for index, source in enumerate(files):
-        if is_streamed(source):  # how many units it has is not known before it is read
+        if is_streamed(source.path):  # how many units it has is not known before it is read
             yield from (Job(split, index, (source,), unit, stride) for unit in range(stride))
         else:
             yield from (Job(split, index, (source,), unit) for unit in range(-(-source.size // corpus.unit_bytes)))

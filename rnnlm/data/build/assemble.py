@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rnnlm import files
-from rnnlm.config import Config, as_list
+from rnnlm.config import Config
 from rnnlm.data.build.executor import WorkerPool
 from rnnlm.data.build.external_sort import (
     Span,
@@ -70,7 +70,7 @@ class BuildContext:
 
     def holds_out(self, split: str) -> bool:
         """Whether some of this split's documents go to the valid stream."""
-        return split == "train" and not as_list(self.config.corpus.valid) and self.config.stream.valid_fraction > 0
+        return split == "train" and not self.config.corpus.valid and self.config.stream.valid_fraction > 0
 
     def stream_path(self, split: str) -> Path:
         """Where the stream of a split lies."""
@@ -117,11 +117,10 @@ class Assembler:
             UserError: a stream without text, a task that kills its workers.
         """
         selections, records = self._select()
+        kept = {target: _sum_totals(selections[target])[0] for target in selections}
         for target in selections:
-            if not _sum_totals(selections[target])[1]:
-                hint = ", or a larger stream.valid_fraction" if target == "valid" else ""
-                found = f"{records[target]['read']} records, none kept"
-                raise UserError(f"corpus.{target}: no text in it ({found}); give a corpus with text{hint}")
+            if not kept[target]:
+                raise UserError(_why_empty(target, kept, records[target]["read"], self.context))
 
         order = sorted(targets, key=lambda split: (split == "train", split))  # what training opens first comes last
         if self.context.config.corpus.shuffle_seed >= 0:
@@ -310,6 +309,23 @@ def _count_records(footers: Sequence[dict[str, Any]], selections: Sequence[Selec
     }
     assert records["read"] == sum(records.values()) - records["read"], records
     return {**records, "repaired": sum(footer["repaired"][to_valid] for footer in footers)}
+
+
+def _why_empty(target: str, kept: dict[str, int], read: int, context: BuildContext) -> str:
+    """What to say of a stream without a document; `kept` are the documents of all streams, `read` its own records."""
+    documents, stream = kept.get("train", 0) + kept.get("valid", 0), context.config.stream
+    if not context.holds_out("train") or target == "test" or not documents:
+        return f"corpus.{target}: no text in it ({read} records, none kept); give a corpus with text"
+
+    other = "valid" if target == "train" else "train"
+    what = "is one document, whose hash gives it"
+    if documents > 1:
+        what = f"has {documents} documents, whose hashes give all of them"
+    return (
+        f"corpus.train {what} to {other} (stream.valid_fraction={stream.valid_fraction}), so {target} would be empty; "
+        "give corpus.valid text of its own, cut the text into more documents, as with corpus.document=line or "
+        "paragraph, or set stream.valid_fraction=0 to have no valid stream"
+    )
 
 
 def _running_totals(selections: Iterable[Selection]) -> Iterator[Array]:

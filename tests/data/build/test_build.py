@@ -14,6 +14,7 @@ from rnnlm.data.build.build import Build
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
+from rnnlm.hashing import fraction_of
 
 
 def config_of(directory: Path, train: object, **corpus: object) -> Config:
@@ -99,3 +100,23 @@ def test_an_empty_corpus_is_refused_and_leaves_no_stream(tmp_path: Path, tokeniz
     with pytest.raises(UserError, match=r"corpus.train: no text in it"):
         Build(config_of(tmp_path / "out", str(tmp_path / "empty.txt")), tokenizer).run(lambda size: None)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["build.partial"]
+
+
+@pytest.mark.parametrize("empty", ["train", "valid"])
+def test_a_corpus_of_one_document_says_why_a_split_is_empty_and_what_helps(
+    tmp_path: Path, tokenizer: Tokenizer, empty: str
+) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("anna sees the cat\n\nbob likes a dog\n")
+    held_out = fraction_of(path.read_bytes(), 0)
+    fraction = (held_out + 1) / 2 if empty == "train" else held_out / 2
+    stream = StreamConfig(directory=str(tmp_path / "s"), valid_fraction=fraction)
+    one = Config(corpus=CorpusConfig(train=str(path), document="file"), stream=stream)
+
+    other = "valid" if empty == "train" else "train"
+    with pytest.raises(
+        UserError, match=rf"corpus.train is one document, whose hash gives it to {other} .*, so {empty} "
+    ):
+        Build(one, tokenizer).run(lambda size: None)
+    whole = dataclasses.replace(one, stream=dataclasses.replace(stream, valid_fraction=0))
+    assert set(run(whole, tokenizer)) == {"train"}, "the last way out that the message names"
