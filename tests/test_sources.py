@@ -19,7 +19,7 @@ ALONE = {"checkpoint"}  # rooms that import from the ground floor alone
 TORCH = {"data/substreams", "model", "checkpoint", "train"}  # where torch may be imported
 HOMES = {
     "sentencepiece": "data/sentencepiece_tokenizer data/tokenizer_training",
-    "numba": "data/word_keys data/word_table data/bpe_kernels",
+    "numba": "data/word_keys data/word_table data/known_words data/bpe_kernels",
     "pyarrow": "data/parquet",
     "distributed": "data/build/executor",
     "safetensors": "checkpoint/safetensors_file",

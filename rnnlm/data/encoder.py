@@ -21,11 +21,13 @@ from itertools import chain
 import numpy as np
 
 from rnnlm.data.bpe_kernels import BpeTables, segment_words
+from rnnlm.data.known_words import KnownWords
 from rnnlm.data.sentencepiece_tokenizer import META, SentencePieceTokenizer
 from rnnlm.data.tokenizer import Tokenizer, token_dtype
 from rnnlm.data.tokenizer_rules import WHITE, bpe_tables, white_bytes, why_whole
 from rnnlm.data.word_keys import Array
 from rnnlm.data.word_table import FIRST, LAST, NEW, NO_IDS, WordTable
+from rnnlm.data.word_tokenizer import WordTokenizer
 
 BATCH_BYTES = 2**17  # of text looked up at once: what is written then still lies in the cache when it is read
 
@@ -41,11 +43,15 @@ class Encoder:
         self.dtype = np.dtype(token_dtype(tokenizer.vocab_size))
         self.why_whole = ""
         self._bpe: BpeTables | None = None
+        self._known: KnownWords | None = None
         if tokenizer.encodes == "bytes":
             return
         if tokenizer.encodes == "words":
             self._white = np.isin(np.arange(256), WHITE)
             self._keep_runs, self._first_differs = False, True
+            if isinstance(tokenizer, WordTokenizer) and not tokenizer.by_characters:
+                self._first_differs = False
+                self._known = KnownWords(tokenizer.known, tokenizer.unknown_id)
         elif isinstance(tokenizer, SentencePieceTokenizer):
             self._read_rules(tokenizer)
         else:
@@ -243,7 +249,9 @@ class Encoder:
 
         begin = int(table.key_ends[first - 1]) if first else 0
         table.reserve(4 * (int(table.counts[1]) - begin))
-        if self._bpe is None:
+        if self._known is not None:
+            self._known.fill(table, first, last)
+        elif self._bpe is None:
             table.entries[first:last, 1] = NEW
         else:
             table.used = segment_words(

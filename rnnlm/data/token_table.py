@@ -147,9 +147,9 @@ def table_alone(table: Mapping[str, int], eos_piece: str) -> WordTokenizer:
     unknown = next((name for name in UNKNOWNS if name in table), "")
     eos = eos_piece or ("</s>" if "</s>" in table else "")
     if eos not in table or eos == unknown:
-        near = ", ".join(name for name in SENTENCE_ENDS if name in table) or "none of the usual names is there"
+        near = ", ".join(name for name in SENTENCE_ENDS if name in table) or "its entries"
         raise UserError(
-            f"tokenizer.eos_piece={eos_piece}: not in tokenizer.table; name the entry that ends texts: {near}"
+            f"tokenizer.eos_piece={eos_piece}: not in tokenizer.table; name the entry that ends a text, of {near}"
         )
     if not unknown:
         raise UserError(

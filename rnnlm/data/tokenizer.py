@@ -151,7 +151,7 @@ def read_bounded(path: Path, key: str = "tokenizer.model", way_out: str = TRAIN)
     except OSError as error:
         raise UserError(f"{key}={path}: {error.strerror}; {way_out}") from error
     if not model:
-        raise UserError(f"{path}: {size} bytes are no SentencePiece model; {way_out}")
+        raise UserError(f"{path}: {size} bytes are no tokenizer; {way_out}")
     return model
 
 
