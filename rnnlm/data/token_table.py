@@ -38,16 +38,13 @@ def read_table(path: Path) -> dict[str, int]:
     Raises:
         UserError: missing, no text, or a line that is not as the others.
     """
+    way_out = "give a table of pieces and ids"
     try:
-        lines = (
-            read_bounded(path, "tokenizer.table", "give a table of pieces and ids")
-            .decode()
-            .removesuffix("\n")
-            .split("\n")
-        )
+        text = read_bounded(path, "tokenizer.table", way_out).decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"tokenizer.table={path}: not valid UTF-8 ({error}); give a table of pieces and ids") from error
-    lines = [line.removesuffix("\r") for line in lines]
+        raise UserError(f"tokenizer.table={path}: not valid UTF-8 ({error}); {way_out}") from error
+
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     found = [re.fullmatch(r"(.+?)[ \t]+(\d+)", line, re.ASCII) for line in lines]
     if not any(found):  # ESPnet's: the number of the line is the id
         return _checked(path, ((line, str(number)) for number, line in enumerate(lines)))
@@ -83,9 +80,8 @@ def rewrite_model(model: bytes, name: str, eos_piece: str, table: Mapping[str, i
     """
     proto = parse(model, name)
     own = proto.trainer_spec.eos_piece
-    if table is None and any(
-        piece.piece == (eos_piece or own) == own and piece.type == piece.CONTROL for piece in proto.pieces
-    ):
+    controls = {piece.piece for piece in proto.pieces if piece.type == piece.CONTROL}
+    if table is None and eos_piece in ("", own) and own in controls:
         return model
 
     pieces = [type(proto).SentencePiece.FromString(piece.SerializeToString()) for piece in proto.pieces]

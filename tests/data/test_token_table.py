@@ -48,7 +48,10 @@ def espnet_table() -> list[str]:
 
 def choose(directory: Path, model: bytes | None, table: str | None, **chosen: Any) -> Tokenizer:
     """The tokenizer of a configuration with these files."""
-    for key, name, data in (("model", "bpe.model", model), ("table", "tokens.txt", table and table.encode())):
+    for key, name, data in (
+        ("model", "bpe.model", model),
+        ("table", "tokens.txt", table if table is None else table.encode()),
+    ):
         if data is not None:
             (directory / name).write_bytes(data)
             chosen[key] = str(directory / name)
