@@ -19,10 +19,10 @@ from rnnlm.cli import read_config, run_entry_point
 def main() -> None:
     """Read the configuration, build, print what was built."""
     config = read_config(("corpus", "tokenizer", "stream", "build"), __doc__)
-    from rnnlm.data.build.build import Build, progress_bar, tokenizer_path
-    from rnnlm.data.tokenizer import Tokenizer
+    from rnnlm.data.build.build import Build, progress_bar
+    from rnnlm.data.tokenizer_choice import load_tokenizer
 
-    build = Build(config, Tokenizer.load(tokenizer_path(config)))
+    build = Build(config, load_tokenizer(config))
     if len(build.finished()) == len(build.splits):
         print("already built:")
     with progress_bar(itertools.chain(*build.inputs.values()), "building") as progress:
@@ -39,9 +39,12 @@ def main() -> None:
             f"{manifest.text_bytes / manifest.tokens:.3f} bytes per token, "
             f"{len(manifest.shards)} shard(s); records: {counts}"
         )
-        if manifest.unknown_tokens:
-            lost = f"warning: {manifest.unknown_tokens:,} tokens are unknown to the tokenizer, their text is lost"
-            print(f"{lost}; tools/train_tokenizer.py makes one that knows every text", file=sys.stderr)
+        unknown = f"{manifest.unknown_tokens:,} tokens are unknown to the tokenizer"
+        if manifest.unknown_tokens and build.tokenizer.encodes == "words":
+            print(f"  {unknown} ({manifest.unknown_tokens / manifest.tokens:.2%})")
+        elif manifest.unknown_tokens:
+            way_out = "tools/train_tokenizer.py makes one that knows every text"
+            print(f"warning: {unknown}, their text is lost; {way_out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def adopt(
         documents, digest = _write_documents(partial / "documents.npy", index, scan)
         (partial / "shard-00000.bin").symlink_to(path.resolve())
         if tokenizer:
-            files.write(partial / "tokenizer.model", Path.write_bytes, tokenizer.model)
+            files.write(partial / tokenizer.file_name, Path.write_bytes, tokenizer.model)
         manifest = _manifest(scan, documents, digest, tokenizer)
         return commit(partial, directory, manifest)
     except BaseException:

@@ -20,11 +20,14 @@ from itertools import chain
 
 import numpy as np
 
-from rnnlm.data.bpe_kernels import segment_words
-from rnnlm.data.tokenizer import META, Tokenizer, token_dtype
-from rnnlm.data.tokenizer_rules import bpe_tables, white_bytes, why_whole
+from rnnlm.data.bpe_kernels import BpeTables, segment_words
+from rnnlm.data.known_words import KnownWords
+from rnnlm.data.sentencepiece_tokenizer import META, SentencePieceTokenizer
+from rnnlm.data.tokenizer import Tokenizer, token_dtype
+from rnnlm.data.tokenizer_rules import WHITE, bpe_tables, white_bytes, why_whole
 from rnnlm.data.word_keys import Array
 from rnnlm.data.word_table import FIRST, LAST, NEW, NO_IDS, WordTable
+from rnnlm.data.word_tokenizer import WordTokenizer
 
 BATCH_BYTES = 2**17  # of text looked up at once: what is written then still lies in the cache when it is read
 
@@ -38,12 +41,34 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.dtype = np.dtype(token_dtype(tokenizer.vocab_size))
+        self.why_whole = ""
+        self._bpe: BpeTables | None = None
+        self._known: KnownWords | None = None
+        if tokenizer.encodes == "bytes":
+            return
+        if tokenizer.encodes == "words":
+            self._white = np.isin(np.arange(256), WHITE)
+            self._keep_runs, self._first_differs = False, True
+            if isinstance(tokenizer, WordTokenizer) and not tokenizer.by_characters:
+                self._first_differs = False
+                self._known = KnownWords(tokenizer.known, tokenizer.unknown_id)
+        elif isinstance(tokenizer, SentencePieceTokenizer):
+            self._read_rules(tokenizer)
+        else:
+            self.why_whole = f"the rules of {tokenizer.description} are not known"
+        if self.why_whole:
+            return
+
+        self._white_bytes = bytes(np.flatnonzero(self._white).tolist())
+        self._table = WordTable(self.dtype, 2 * BATCH_BYTES)
+
+    def _read_rules(self, tokenizer: SentencePieceTokenizer) -> None:
+        """How this model's words are found and encoded, or why they are not."""
         self.why_whole = why_whole(tokenizer)
         if self.why_whole:
             return
 
         self._white = white_bytes(tokenizer)
-        self._white_bytes = bytes(np.flatnonzero(self._white).tolist())
         spec = tokenizer.proto().normalizer_spec
         self._keep_runs = not spec.remove_extra_whitespaces
         self._first_differs = self._keep_runs or not spec.add_dummy_prefix
@@ -53,8 +78,6 @@ class Encoder:
         self._ids_after = tokenizer.encode("x y")[len(self._ids_before) :]
         # ids that may not end a word before another one, or begin one: the space or the unknown run might reach over
         self._open_ended = np.array([tokenizer.piece(token).endswith(META) for token in range(tokenizer.vocab_size)])
-
-        self._table = WordTable(self.dtype, 2 * BATCH_BYTES)
         self._bpe = bpe_tables(tokenizer)
 
     def encode(self, documents: Sequence[bytes]) -> tuple[Array, Array, Array]:
@@ -70,7 +93,9 @@ class Encoder:
         """
         encoded = []
         for batch in _batches(documents):
-            if self.why_whole:
+            if self.tokenizer.encodes == "bytes":
+                encoded.append(self._encode_bytes(batch))
+            elif self.why_whole:
                 encoded.append(self._encode_whole(batch))
             elif len(batch[0]) > BATCH_BYTES:
                 blocks = list(self.encode_long(iter(batch)))
@@ -88,6 +113,10 @@ class Encoder:
             OverflowError: no place to cut within max_word_bytes.
         """
         assert not self.why_whole
+        if self.tokenizer.encodes == "bytes":
+            yield from self._long_bytes(blocks)
+            return
+
         rest, flags = b"", FIRST
         for block in blocks:
             for start in range(0, len(block), BATCH_BYTES):
@@ -103,6 +132,24 @@ class Encoder:
         ids, words = self._encode_between(rest, flags | LAST)
         assert ids is not None, "the end of a text is always a place to cut"
         yield np.append(ids, self.dtype.type(self.tokenizer.eos_id)), words
+
+    def _encode_bytes(self, documents: Sequence[bytes]) -> tuple[Array, Array, Array]:
+        """As `encode`, each byte its own id."""
+        tokens = np.array([len(document) + 1 for document in documents], np.int64)
+        data = np.frombuffer(b" ".join([*documents, b""]), np.uint8)  # a space stands where each EOS comes
+        ids = data.astype(self.dtype)
+        ids[np.cumsum(tokens) - 1] = self.tokenizer.eos_id
+        return ids, tokens, np.array([len(document.decode().split()) for document in documents], np.int64)
+
+    def _long_bytes(self, blocks: Iterator[bytes]) -> Iterator[tuple[Array, int]]:
+        """As `encode_long`, each byte its own id."""
+        inside = False  # whether the block before ended within a word
+        for block in filter(None, blocks):
+            text = block.decode()
+            words = len(text.split()) - (inside and not text[:1].isspace())
+            inside = not text[-1:].isspace()
+            yield np.frombuffer(block, np.uint8).astype(self.dtype), words
+        yield np.array([self.tokenizer.eos_id], self.dtype), 0
 
     def _last_cut(self, text: bytes) -> int:
         """Where white space begins, as far back as possible, behind a word whose ids do not depend on what follows."""
@@ -135,6 +182,11 @@ class Encoder:
 
         Where the ids depend on the words around them: no ids and NO_IDS.
         """
+        if self.tokenizer.encodes == "words":
+            each = self.tokenizer.word_ids([text.decode() for text in texts], first=bool(kind & FIRST))
+            nothing = NO_IDS if kind == FIRST else 0  # white space alone: the next word may be the first one
+            return np.fromiter(chain.from_iterable(each), self.dtype), np.array([len(ids) or nothing for ids in each])
+
         before = "" if kind & FIRST or not self._first_differs else "x" if self._keep_runs else "x "
         after = "" if kind & LAST else " y"
         found = self.tokenizer.encode_each([f"{before}{text.decode()}{after}" for text in texts])
@@ -197,7 +249,9 @@ class Encoder:
 
         begin = int(table.key_ends[first - 1]) if first else 0
         table.reserve(4 * (int(table.counts[1]) - begin))
-        if self._bpe is None:
+        if self._known is not None:
+            self._known.fill(table, first, last)
+        elif self._bpe is None:
             table.entries[first:last, 1] = NEW
         else:
             table.used = segment_words(

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from rnnlm.data.bpe_kernels import MAX_BPE_BYTES, PIECE_BITS, BpeTables, copy_merges, index_pieces
-from rnnlm.data.tokenizer import META, Tokenizer
+from rnnlm.data.sentencepiece_tokenizer import META, SentencePieceTokenizer
 from rnnlm.data.word_keys import Array
 
 WHITE = (9, 10, 11, 12, 13, 32)  # a word may end at these, if the model makes spaces of them
 LABEL = 0x800000FF  # of a node of the trie of rules: its byte; the high bit marks a value, which has none
 
 
-def why_whole(tokenizer: Tokenizer) -> str:
+def why_whole(tokenizer: SentencePieceTokenizer) -> str:
     """Why texts must be encoded whole under this model; empty where a text's ids are those of its words."""
     model = tokenizer.proto()
     kind = model.trainer_spec.ModelType.Name(model.trainer_spec.model_type).lower()
@@ -44,14 +44,14 @@ def why_whole(tokenizer: Tokenizer) -> str:
     return ""
 
 
-def white_bytes(tokenizer: Tokenizer) -> Array:
+def white_bytes(tokenizer: SentencePieceTokenizer) -> Array:
     """(256,) bool: the bytes that are to this model what a space is."""
     white = np.zeros(256, bool)
     white[[byte for byte in WHITE if _is_space(tokenizer, chr(byte))]] = True
     return white
 
 
-def _is_space(tokenizer: Tokenizer, character: str) -> bool:
+def _is_space(tokenizer: SentencePieceTokenizer, character: str) -> bool:
     """Whether a character is to this model what a space is, at both ends of a text, alone, and beside a space."""
     texts = (" x y", "x  y", "x y ", "  x   y  ")
     return all(
@@ -113,7 +113,7 @@ def _children(trie: Array, bases: Array, nodes: Array) -> tuple[Array, Array]:
     return children[real], np.broadcast_to(labels, real.shape)[real]
 
 
-def bpe_tables(tokenizer: Tokenizer) -> BpeTables | None:
+def bpe_tables(tokenizer: SentencePieceTokenizer) -> BpeTables | None:
     """The model as arrays; None where only SentencePiece knows its rules: user-defined symbols, characters."""
     model = tokenizer.proto()
     rules = model.normalizer_spec.precompiled_charsmap
@@ -174,7 +174,7 @@ def _ascii_pieces(texts: list[bytes]) -> tuple[Array, Array]:
     return single, double
 
 
-def _alone(tokenizer: Tokenizer, character: str) -> int:
+def _alone(tokenizer: SentencePieceTokenizer, character: str) -> int:
     """The ASCII character that the rules make of one between two others; 0 where that is not so simple."""
     found, plain = tokenizer.normalize(f"x{character}x"), tokenizer.normalize("xx")
     simple = plain[-2:] == "xx" and found == f"{plain[:-1]}{found[-2:-1]}x" and "!" <= found[-2] <= "~"

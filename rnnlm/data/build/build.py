@@ -51,7 +51,7 @@ def encode_job(context: BuildContext, job: Job) -> None:
         UserError: a bad record, unless those are skipped.
     """
     if getattr(_local, "digest", "") != context.digest:
-        tokenizer = Tokenizer.load(context.work / "tokenizer.model")
+        tokenizer = Tokenizer.load(context.work)
         assert tokenizer.digest == context.digest
         _local.encoder, _local.digest = Encoder(tokenizer), context.digest
 
@@ -198,8 +198,8 @@ class Build:
         if not work.exists() and strict.exists() and not shared:
             strict.rename(work)
         (work / "units").mkdir(parents=True, exist_ok=True)
-        if not (work / "tokenizer.model").exists():
-            files.write_file(work / "tokenizer.model", self.tokenizer.model)
+        if not (work / self.tokenizer.file_name).exists():
+            files.write_file(work / self.tokenizer.file_name, self.tokenizer.model)
 
         if not shared:  # else other tasks may be writing what seems left over
             for other in {*others, strict} - {work}:
@@ -263,17 +263,6 @@ def parse_task(text: str) -> tuple[int, int]:
     if not found or int(found[1]) >= int(found[2]):
         raise UserError(f"build.task={text}: expected a task of an array, from 0/16 to 15/16 if there are 16")
     return int(found[1]), int(found[2])
-
-
-def tokenizer_path(config: Config) -> str:
-    """Where the tokenizer lies: tokenizer.model, or in stream.directory.
-
-    Raises:
-        UserError: neither is set.
-    """
-    if not config.tokenizer.model and not config.stream.directory:
-        raise UserError("stream.directory is not set; give the directory for tokenizer and streams")
-    return config.tokenizer.model or str(Path(config.stream.directory) / "tokenizer.model")
 
 
 @contextmanager
