@@ -9,7 +9,10 @@ The result is printed as one JSON object.
 import json
 import os
 
-from rnnlm.cli import read_config, run_entry_point
+try:
+    from rnnlm.cli import read_config, run_entry_point
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}; type this first: . .venv/bin/activate (make quickstart makes it)") from None
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rnnlm.knob import Knob, knob
 
@@ -354,6 +355,21 @@ def nearest(size: int, divisor: int) -> str:
 def as_list(value: list[str] | str) -> list[str]:
     """A knob that takes one text or several, as a list; the empty text is no text."""
     return [value] if isinstance(value, str) and value else list(value)
+
+
+@cache
+def types() -> dict[str, Any]:
+    """`section.key` -> its type, for every field."""
+    return {
+        f"{section}.{name}": kind
+        for section, owner in get_type_hints(Config).items()
+        for name, kind in get_type_hints(owner).items()
+    }
+
+
+def is_list(kind: Any) -> bool:
+    """Whether a knob of this type takes a list."""
+    return get_origin(kind) is list or any(is_list(each) for each in get_args(kind))
 
 
 def knobs() -> dict[str, Knob]:

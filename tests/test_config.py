@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from rnnlm.cli import dump_yaml, load_yaml, read_config
+from rnnlm.cli import read_config
 from rnnlm.config import CELLS, HEADS, OPTIMIZERS, TRAINING_SECTIONS, Config, TokenizerConfig, knobs, nearest
 from rnnlm.errors import UserError
 from rnnlm.train.run import differing
+from rnnlm.yaml_file import dump_yaml, load_yaml
 
 
 def read(*argv: str) -> Config:
@@ -81,7 +82,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("modle: {}", "modle.: no such key"),
+        ("modle: {}", "modle: no such section in .*did you mean model\\?"),
         ("model: {layers: }", "model.layers: has no value"),
         ("train: {accumulation: }", "train.accumulation: has no value"),
     ],

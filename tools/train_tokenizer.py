@@ -9,8 +9,11 @@ already there is kept: to use one of your own, put it there or name it.
 
 from pathlib import Path
 
-from rnnlm.cli import read_config, run_entry_point
-from rnnlm.errors import UserError
+try:
+    from rnnlm.cli import read_config, run_entry_point
+    from rnnlm.errors import UserError
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}; type this first: . .venv/bin/activate (make quickstart makes it)") from None
 
 
 def main() -> None:

@@ -21,7 +21,6 @@ import torch
 
 from rnnlm.checkpoint import checkpoint
 from rnnlm.checkpoint.checkpoint import Checkpoint
-from rnnlm.cli import dump_yaml, load_yaml
 from rnnlm.config import TRAINING_SECTIONS, Config, as_list
 from rnnlm.data.ring import Origin, Ring
 from rnnlm.data.stream import TokenStream
@@ -32,6 +31,7 @@ from rnnlm.train.distributed import Accelerator, all_gather_object, errors_are_s
 from rnnlm.train.identity import check_alike, differing, fingerprint, identity, versions
 from rnnlm.train.inputs import Streams, open_ring, substreams_of
 from rnnlm.train.state import TrainerState, check_state
+from rnnlm.yaml_file import dump_yaml, load_yaml
 
 MARKER = "preempted.json"  # in the run, while it waits to be started again
 LOCK_PATIENCE_SECONDS = 5.0  # an attempt that was killed a moment ago may not have ended yet
