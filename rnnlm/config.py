@@ -113,10 +113,10 @@ class ModelConfig:
     tanh, Elman 1990), or one that other code has registered."""
     head: str = knob("softmax", choices=HEADS)
     """What is predicted from the hidden state: softmax (over the vocabulary), or one that other code has registered."""
-    embedding_size: int = knob(256, at_least=1)
-    """Width of the token vectors."""
-    hidden_size: int = knob(512, at_least=1)
-    """Width of each recurrent layer."""
+    embedding_size: int = knob(0, at_least=0)
+    """Width of the token vectors; 0: half of hidden_size, or all of it if tied."""
+    hidden_size: int = knob(0, at_least=0)
+    """Width of each recurrent layer; 0: by the size of the text, from 64 to 2048 (rnnlm/train/sizes.py)."""
     layers: int = knob(2, at_least=1)
     """Number of recurrent layers."""
     dropout: float = knob(0.0, at_least=0, below=1)
@@ -176,8 +176,9 @@ class TrainConfig:
 
     seed: int = knob(1, at_least=0, below=2**63)
     """Initial weights, dropout masks, and the rotation between epochs."""
-    epochs: int = knob(1, at_least=1, changeable=True)
-    """Passes over the stream; every token is a target once in each."""
+    epochs: int = knob(0, at_least=0, changeable=True)
+    """Passes over the stream; every token is a target once in each. 0: as many as max_steps takes, or else 2,500
+    steps, so 1 for a text of 20 MB or more."""
     max_steps: int = knob(0, at_least=0, changeable=True)
     """Stop after this many steps even if epochs are left; 0: no limit."""
     global_batch_size: int = knob(64, at_least=1)
@@ -220,8 +221,9 @@ class EvalConfig:
     """Which stream of stream.directory."""
     batch_size: int = knob(64, at_least=1, changeable=True)
     """Substreams that the stream is cut into; the result depends on this and on nothing else."""
-    every_steps: int = knob(0, at_least=0, changeable=True)
-    """Steps between evaluations while training; 0: at the end of each epoch."""
+    every_steps: int = knob(-1, at_least=-1, changeable=True)
+    """Steps between evaluations while training; 0: at the end of each epoch; -1: ten in a run or one each 5,000 steps,
+    but for at most a tenth of the time; with plateau and early stopping, which count them, as 0."""
     count_eos: bool = knob(True, changeable=True)
     """Whether predicting the end of a document counts as a token and as a word."""
 
@@ -342,6 +344,8 @@ class Config:
         return {f"{section}.{name}": value for section in sections for name, value in sections[section].items()}
 
 
+# What follows the size of the text, and the value that says so; a run's record holds what was chosen.
+BY_SIZE = {"model.embedding_size": 0, "model.hidden_size": 0, "train.epochs": 0, "eval.every_steps": -1}
 ALLOWED_CHANGES = ("train.seq_len", "train.global_batch_size")
 TRAINING_SECTIONS = ("stream", "model", "optim", "train", "eval", "generate", "run")
 
