@@ -140,8 +140,8 @@ class OptimConfig:
     name: str = knob("adam", choices=OPTIMIZERS)
     """adam (Kingma & Ba 2015), adamw (Loshchilov & Hutter 2019), sgd, these with PyTorch's fused kernels, or one that
     other code has registered."""
-    learning_rate: float = knob(1e-3, at_least=0)
-    """Peak learning rate."""
+    learning_rate: float = knob(0.0, at_least=0)
+    """Peak learning rate; 0: by hidden_size, 1.024 / hidden_size up to 0.004 for adam and adamw, else 0.001."""
     momentum: float = knob(0.0, at_least=0, below=1)
     """Of sgd; 0: none."""
     beta1: float = knob(0.9, at_least=0, below=1)
@@ -177,8 +177,8 @@ class TrainConfig:
     seed: int = knob(1, at_least=0, below=2**63)
     """Initial weights, dropout masks, and the rotation between epochs."""
     epochs: int = knob(0, at_least=0, changeable=True)
-    """Passes over the stream; every token is a target once in each. 0: as many as max_steps takes, or else 2,500
-    steps, so 1 for a text of 20 MB or more."""
+    """Passes over the stream; every token is a target once in each. 0: as many as max_steps takes, or else 1,500
+    steps, so 1 for a text of 10 MB or more."""
     max_steps: int = knob(0, at_least=0, changeable=True)
     """Stop after this many steps even if epochs are left; 0: no limit."""
     global_batch_size: int = knob(64, at_least=1)
@@ -345,7 +345,10 @@ class Config:
 
 
 # What follows the size of the text, and the value that says so; a run's record holds what was chosen.
-BY_SIZE = {"model.embedding_size": 0, "model.hidden_size": 0, "train.epochs": 0, "eval.every_steps": -1}
+BY_SIZE: dict[str, float] = {
+    "model.embedding_size": 0, "model.hidden_size": 0, "optim.learning_rate": 0.0, "train.epochs": 0,
+    "eval.every_steps": -1,
+}  # fmt: skip
 ALLOWED_CHANGES = ("train.seq_len", "train.global_batch_size")
 TRAINING_SECTIONS = ("stream", "model", "optim", "train", "eval", "generate", "run")
 

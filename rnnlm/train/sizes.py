@@ -1,4 +1,4 @@
-"""What follows the size of the text where the user sets nothing: the model, the epochs, the steps between evaluations.
+"""What follows the size of the text where the user sets nothing: model, learning rate, epochs, evaluations.
 
 A rule of thumb, not a recipe: it keeps a first run on any text from being hopeless. Too large a model for a small text
 is slow and learns it by heart; too small a one for a large text stops learning; one epoch of a small text is too few
@@ -16,24 +16,24 @@ from rnnlm.config import BY_SIZE, Config, ModelConfig, knobs
 from rnnlm.model.layers import GATES
 from rnnlm.train.inputs import Streams, open_ring
 
-# Parameters: as many as tokens where there are half a million (1 MB of text), and a quarter as many at 250 million
+# Parameters: twice as many as tokens where there are half a million (1 MB of text), and a third as many at 250 million
 # (1 GB), since the time of a training is their product.
-SMALL_TEXT_TOKENS, GROWTH = 500_000, 0.78
+SMALL_TEXT_TOKENS, SMALL_MODEL, GROWTH = 500_000, 1_000_000, 0.7
 WIDTHS = range(64, 2049, 64)  # of the layers; a wider one should be somebody's decision
 
-LEAST_STEPS = 2500  # of a run: fewer teach a new model little, whatever the text
+LEAST_STEPS = 1500  # of a run: fewer teach a new model little, whatever the text
 EVALUATIONS = 10  # of a run: a curve with a dot for each tenth
 MOST_STEPS_BETWEEN = 5000  # evaluations of a long run
 EVALUATION_SHARE = 0.1  # of the time of training, at most; a token's forward pass alone takes a third of its training
 
-LARGE_MODEL = 16  # times the rule's parameters, from which on a model without dropout is warned of
+LARGE_MODEL = 8  # times the rule's parameters, from which on a model without dropout is warned of
 RARE_PIECES = 50  # occurrences of a piece, on the mean, below which a vocabulary is warned of
 SMALL_VOCABULARY = 512  # which is never warned of: any text needs the bytes, and some pieces
 
 
 def parameter_budget(tokens: int) -> int:
-    """Parameters for a text of so many tokens: 500,000 * (tokens / 500,000) ** 0.78."""
-    return int(SMALL_TEXT_TOKENS * math.pow(tokens / SMALL_TEXT_TOKENS, GROWTH))
+    """Parameters for a text of so many tokens: 1,000,000 * (tokens / 500,000) ** 0.7."""
+    return int(SMALL_MODEL * math.pow(tokens / SMALL_TEXT_TOKENS, GROWTH))
 
 
 def parameters_of(model: ModelConfig, vocab_size: int) -> int:
@@ -63,6 +63,11 @@ def model_for(model: ModelConfig, tokens: int, vocab_size: int) -> ModelConfig:
     return with_width(max(fitting, default=WIDTHS[0]))
 
 
+def learning_rate_for(optimizer: str, hidden_size: int) -> float:
+    """Adam's goes with 1 / width (Yang et al. 2022, table 3), from 0.001 at 1,024, to 0.004 at most."""
+    return min(0.004, 1.024 / hidden_size) if optimizer in ("adam", "adamw") else 0.001
+
+
 def epochs_for(steps_per_epoch: int, max_steps: int) -> int:
     """As many epochs as train.max_steps takes, or else LEAST_STEPS."""
     return math.ceil((max_steps or LEAST_STEPS) / steps_per_epoch)
@@ -89,16 +94,18 @@ def follow_text(config: Config, recorded: dict[str, dict[str, Any]], streams: St
     Returns:
         (configuration, one line that says what was chosen, and why; empty: nothing was).
     """
-    unset = {key for key, mark in BY_SIZE.items() if config.flat()[key] == mark}
-    for key in sorted(unset):
+    unset = [key for key, mark in BY_SIZE.items() if config.flat()[key] == mark]
+    for key in unset:
         section, name = key.split(".")
-        value = recorded.get(section, {}).get(name)
-        if type(value) is int and value != BY_SIZE[key] and not knobs()[key].fault(key, value):
-            config = _with(config, section, **{name: value})
+        value: Any = recorded.get(section, {}).get(name)
+        if type(value) in (int, type(BY_SIZE[key])) and not knobs()[key].fault(key, value):
+            config = _with(config, section, **{name: value})  # where nothing was chosen, it still says so
 
     tokens, vocab_size = streams.train.tokens, streams.train.manifest.vocab_size
     before, ring = config.flat(), open_ring(config, streams.train)
     config = dataclasses.replace(config, model=model_for(config.model, tokens, vocab_size))
+    if not config.optim.learning_rate:
+        config = _with(config, "optim", learning_rate=learning_rate_for(config.optim.name, config.model.hidden_size))
     if not config.train.epochs:
         config = _with(config, "train", epochs=epochs_for(ring.windows_per_epoch, config.train.max_steps))
     if config.eval.every_steps < 0:
@@ -124,7 +131,7 @@ def _interval(config: Config, streams: Streams) -> int:
     return evaluation_interval(steps, train.global_batch_size * train.seq_len, streams.valid.tokens)
 
 
-def _with(config: Config, section: str, **values: int) -> Config:
+def _with(config: Config, section: str, **values: float) -> Config:
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
 

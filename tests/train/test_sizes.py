@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,12 +19,13 @@ from rnnlm.train.sizes import (
     epochs_for,
     evaluation_interval,
     follow_text,
+    learning_rate_for,
     model_for,
     parameter_budget,
     parameters_of,
 )
 
-CHOSEN = ("model.embedding_size", "model.hidden_size", "train.epochs", "eval.every_steps")
+CHOSEN = ("model.embedding_size", "model.hidden_size", "optim.learning_rate", "train.epochs", "eval.every_steps")
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
@@ -36,8 +38,8 @@ def test_parameters_are_counted_as_the_model_has_them(cell: str, tied: bool, emb
 @pytest.mark.parametrize(
     ("tokens", "vocab_size", "width"),
     # about 10 kB, 1 MB, 10 MB, 100 MB, 1 GB and 100 GB of text, with the vocabularies that suit them
-    [(5_000, 300, 64), (550_000, 512, 128), (3_500_000, 2048, 256), (28_000_000, 8192, 512),
-     (240_000_000, 16000, 1408), (22_000_000_000, 32768, 2048)],
+    [(5_000, 300, 64), (550_000, 512, 192), (3_500_000, 2048, 384), (28_000_000, 8192, 704),
+     (240_000_000, 16000, 1600), (22_000_000_000, 32768, 2048)],
 )  # fmt: skip
 def test_the_width_of_a_model_grows_with_its_text(tokens: int, vocab_size: int, width: int) -> None:
     found = model_for(ModelConfig(), tokens, vocab_size)
@@ -60,8 +62,14 @@ def test_sizes_that_are_set_stay_and_the_others_fit_them() -> None:
     assert sizes(layers=1)[1] > sizes(layers=2)[1] > sizes(layers=6)[1]
 
 
+def test_adams_learning_rate_goes_with_the_width() -> None:
+    widths = (64, 256, 512, 1024, 2048)
+    assert [learning_rate_for("adamw", width) for width in widths] == [0.004, 0.004, 0.002, 0.001, 0.0005]
+    assert [learning_rate_for("sgd", width) for width in widths] == [0.001] * 5
+
+
 def test_a_small_text_gets_more_epochs_and_a_large_one_is_read_once() -> None:
-    assert [epochs_for(steps, 0) for steps in (1, 270, 1250, 2499, 2500, 10**7)] == [2500, 10, 2, 2, 1, 1]
+    assert [epochs_for(steps, 0) for steps in (1, 270, 1499, 1500, 1501, 10**7)] == [1500, 6, 2, 1, 1, 1]
     assert [epochs_for(270, max_steps) for max_steps in (1, 270, 271, 2700)] == [1, 1, 2, 10]
 
 
@@ -93,12 +101,17 @@ def test_the_record_comes_before_the_text_and_what_is_set_before_both(streams: P
     assert line.startswith(", ".join(f"{key}={values[key]}" for key in CHOSEN) + ": by the size of the text, ")
     assert {key for key, value in values.items() if value != config.flat()[key]} == {*CHOSEN}
 
-    record = {"model": {"embedding_size": 5, "hidden_size": 6}, "train": {"epochs": 7}, "eval": {"every_steps": 0}}
+    record: dict[str, dict[str, Any]] = {
+        "model": {"embedding_size": 5, "hidden_size": 6},
+        "optim": {"learning_rate": 0.5},
+        "train": {"epochs": 7},
+        "eval": {"every_steps": 0},
+    }
     found, line = follow_text(config, record, open_streams(config))
-    assert ([found.flat()[key] for key in CHOSEN], line) == ([5, 6, 7, 0], "")
+    assert ([found.flat()[key] for key in CHOSEN], line) == ([5, 6, 0.5, 7, 0], "")
 
     found, line = follow_text(config_of(streams, model=ModelConfig(hidden_size=9)), record, open_streams(config))
-    assert ([found.flat()[key] for key in CHOSEN], line) == ([5, 9, 7, 0], "")
+    assert ([found.flat()[key] for key in CHOSEN], line) == ([5, 9, 0.5, 7, 0], "")
 
     forged = {"model": {"embedding_size": -5, "hidden_size": "6"}, "train": {"epochs": True}, "eval": {}}
     assert follow_text(config, forged, open_streams(config)) == follow_text(config, {}, open_streams(config))
@@ -130,7 +143,8 @@ def test_a_run_keeps_the_sizes_it_chose_whatever_the_rule_is_by_then(
     })  # fmt: skip
     expected, line = follow_text(config_of(streams), {}, open_streams(config_of(streams)))
     assert recorded.model == expected.model and recorded.model.hidden_size == 64
-    assert line.split(", train.epochs")[0] in begun.stderr
+    assert line.split(", train.epochs")[0] in begun.stderr, "model and learning rate"
+    assert recorded.optim.learning_rate == 0.004
     assert final_state(tmp_path / "run", 2)[1]["configuration"]["model"]["hidden_size"] == 64
 
     monkeypatch.setattr("rnnlm.train.sizes.WIDTHS", range(72, 80))
@@ -160,7 +174,7 @@ def test_a_new_run_is_warned_of_its_proportions_and_a_resumed_one_no_more(
     for steps, expected in ((1, 1), (2, 0)):
         done = train_here(*options, f"--train.max_steps={steps}")
         assert done.returncode == 0, done.stderr
-        assert done.stderr.count("warning: 781,276 parameters for ") == expected
+        assert done.stderr.count(" parameters for 11,354 tokens: such a model learns a text by heart") == expected
 
 
 def test_a_model_outside_of_a_run_needs_numbers() -> None:
