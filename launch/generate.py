@@ -2,6 +2,7 @@
 
 python launch/generate.py --run.directory=runs/imdb --generate.prompts="this film"
 python launch/generate.py --run.directory=runs/imdb --generate.samples=3 --generate.temperature=0.7
+python launch/generate.py --config configs/imdb.yaml    # of the run that the file names
 """
 
 import sys

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -191,7 +192,11 @@ def _expected(given: str) -> str:
     if is_list(kind):
         return f"{given}: expected a text or a list of texts, as in '[one, two]'; put quotes around what has a colon"
 
-    names = {bool: "true or false", int: f"a whole number, as in {default}", float: f"a number, as in {default}"}
+    names = {
+        bool: "true or false",
+        int: f"a whole number, as in {default}",
+        float: f"a number, as in {default or 0.001}",
+    }
     return f"{given}: expected {names.get(kind, 'a text')}"
 
 
@@ -233,6 +238,7 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
         if first_here or getattr(error, "may_be_local", False):
             way_out = "; make room on the disk and type the same command again" if full else ""
             print(f"error: {error}{way_out}", file=sys.stderr)
+            _tell_launcher(f"error: {error}{way_out}")
         code = 1 if full else getattr(error, "code", 2)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("rnnlm"):
@@ -248,3 +254,11 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
 
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _tell_launcher(line: str) -> None:
+    """Put a line where torchrun looks for the cause, so that its report, which comes last, ends with it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        cause = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": cause}), encoding="utf-8")

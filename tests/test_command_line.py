@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import runpy
 import subprocess
 import sys
@@ -230,6 +231,22 @@ def test_scripts_without_arguments_say_what_they_need(script: str, run_here: Run
     done = run_here(script)
     assert done.returncode == 2
     assert done.stderr.startswith("error: run.directory is not set; name a run") and done.stderr.count("\n") == 1
+
+
+# Launchers
+
+
+def test_a_mistake_is_left_where_torchrun_looks_for_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise UserError("train.seed=x: too odd")
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit):
+        run_entry_point(main)
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "error: train.seed=x: too odd"
+    assert capsys.readouterr().err == "error: train.seed=x: too odd\n"
 
 
 # No virtual environment
