@@ -13,7 +13,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/python tools/make_corpus.py quickstart/corpus
 	$(BIN)/python tools/train_tokenizer.py --config configs/quickstart.yaml
 	$(BIN)/python tools/build_stream.py --config configs/quickstart.yaml
-	$(BIN)/accelerate launch --config_file launch/cpu.yaml launch/train.py --config configs/quickstart.yaml
+	$(BIN)/python launch/train.py --config configs/quickstart.yaml
 	$(BIN)/python launch/eval.py --run.directory=$(RUN)
 	$(BIN)/python launch/generate.py --run.directory=$(RUN) --generate.prompts='"""This module '
 	@echo
@@ -24,8 +24,7 @@ quickstart: $(VENV)/installed
 	@echo "  . $(BIN)/activate"
 	@echo "  python tools/train_tokenizer.py --corpus.train=my.txt --stream.directory=streams/my"
 	@echo "  python tools/build_stream.py --corpus.train=my.txt --stream.directory=streams/my"
-	@echo "  accelerate launch --config_file launch/cpu.yaml launch/train.py \\"
-	@echo "      --stream.directory=streams/my --run.directory=runs/my"
+	@echo "  python launch/train.py --stream.directory=streams/my --run.directory=runs/my"
 	@echo "  python launch/generate.py --run.directory=runs/my"
 
 test: $(VENV)/installed

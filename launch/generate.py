@@ -2,14 +2,18 @@
 
 python launch/generate.py --run.directory=runs/imdb --generate.prompts="this film"
 python launch/generate.py --run.directory=runs/imdb --generate.samples=3 --generate.temperature=0.7
+python launch/generate.py --config configs/imdb.yaml    # of the run that the file names
 """
 
 import sys
 from collections.abc import Iterator
 
-from rnnlm.cli import read_config, run_entry_point
-from rnnlm.config import as_list
-from rnnlm.errors import UserError
+try:
+    from rnnlm.cli import read_config, run_entry_point
+    from rnnlm.config import as_list
+    from rnnlm.errors import UserError
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}; type this first: . .venv/bin/activate (make quickstart makes it)") from None
 
 
 def main() -> None:

@@ -10,9 +10,12 @@ Exit codes: 0 done; 75 stopped by SIGTERM, SIGINT or SIGUSR1 (preempted.json in 
 exits with 75, accelerate launch exits with 1, so scripts look for preempted.json.
 """
 
-from rnnlm.cli import read_config, run_entry_point
-from rnnlm.config import TRAINING_SECTIONS
-from rnnlm.train.signals import Interrupts
+try:
+    from rnnlm.cli import read_config, run_entry_point
+    from rnnlm.config import TRAINING_SECTIONS
+    from rnnlm.train.signals import Interrupts
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}; type this first: . .venv/bin/activate (make quickstart makes it)") from None
 
 
 def main() -> int:

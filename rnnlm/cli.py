@@ -1,126 +1,72 @@
 """The command line of an entry point: files of --config, then options, checked together before anything is done.
 
-jsonargparse reads types and texts from the dataclasses of config.py, but stops at the first unknown key. So keys are
-compared with the knobs before it runs, and values checked after it; everything wrong is reported at once. The price: a
-value of the wrong type, which jsonargparse finds in between, is reported alone.
+jsonargparse reads types and texts from the dataclasses of config.py, but stops at the first fault, and its words are
+Python's. So keys are compared with the knobs before it runs, and where it refuses a value, each is given to it alone:
+all faults of one kind are reported at once. The price: keys, types and bounds are three kinds, one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
-import yaml
-
-from rnnlm.config import Config, knobs
+from rnnlm.arguments import FLAGS, Option, faults_of, list_text, split_command_line, warnings_of
+from rnnlm.config import Config, is_list, knobs, types
 from rnnlm.errors import UserError
+from rnnlm.key_names import READERS, unknown_key
 from rnnlm.knob import closest
 from rnnlm.texts import SPLITS, faults_of_texts
-
-Sections = dict[str, dict[str, Any]]  # section -> key -> value, as in a file
-
-# Knobs that had another name in files of earlier versions, a finished run's config.yaml among them.
-RENAMED = {("train", "prefetch_workers"): "prefetch_threads"}
-
-
-def load_yaml(path: str | Path) -> Sections:
-    """The sections of a configuration file, with today's names.
-
-    Raises:
-        UserError: no such file, not YAML, or not `section: {key: value}`.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--config={path}: {error.strerror}; give the path of a YAML file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config={path}: not valid YAML: {error}") from error
-
-    try:
-        loaded = yaml.safe_load(text) or {}
-    except Exception as error:  # PyYAML lets through whatever the making of a value raises
-        raise UserError(f"--config={path}: not valid YAML: {' '.join(str(error).split())}") from error
-
-    if not isinstance(loaded, dict) or not all(isinstance(keys, dict) for keys in loaded.values()):
-        raise UserError(f"--config={path}: expected sections with keys under them, as in configs/imdb.yaml")
-    for (section, old), new in RENAMED.items():
-        keys = loaded.get(section, {})
-        if old in keys and new not in keys:  # with both, the old one is an unknown key
-            keys[new] = keys.pop(old)
-    return loaded
-
-
-def dump_yaml(config: Config, sections: Sequence[str]) -> str:
-    """The resolved values of these sections; reading it back gives an equal configuration."""
-    values = dataclasses.asdict(config)
-    return yaml.safe_dump({name: values[name] for name in sections}, sort_keys=False, allow_unicode=True)
+from rnnlm.yaml_file import Sections, load_yaml
 
 
 def read_config(
     sections: Sequence[str], doc: str | None, argv: Sequence[str] | None = None, of_run: bool = False
 ) -> Config:
-    """The configuration of an entry point: defaults, then the files of --config, then the other options.
+    """The configuration of an entry point: defaults, then the files of --config in their order, then the other options.
 
     Args:
         sections: those that it reads and shows under --help; others are checked and left at their defaults.
         doc: its docstring, shown under --help.
         argv: the arguments; None: those of the process.
-        of_run: start from the configuration recorded in run.directory, which must be an option.
+        of_run: start from the configuration recorded in run.directory, which an option or a file names; what cannot
+            change once a run has begun is as recorded there, whatever the files say.
 
     Raises:
-        UserError: naming every unknown key and every bad value at once.
+        UserError: naming every unknown key, or every value of a wrong type, or every bad value at once.
     """
-    files, options = _split_command_line(sys.argv[1:] if argv is None else argv)
-    if of_run and not {"-h", "--help"} & set(options):
-        files.insert(0, _recorded_config(options))  # so that the files of --config, and options, come after it
-    loaded = {path: load_yaml(path) for path in files}
+    paths, options, stray = split_command_line(sys.argv[1:] if argv is None else argv)
+    files = [(path, load_yaml(path)) for path in paths]
+    faults = [fault for path, content in files for fault in _unknown_keys(_keys_of_file(content), path)]
+    faults += _unknown_keys((option.key for option in options if option.key not in FLAGS), "the command line")
+    faults += [*faults_of(options, stray), *_unread_options(sections, options)]
 
-    faults = [fault for path, content in loaded.items() for fault in _unknown_keys(_keys_of_file(content), path)]
-    faults += _unknown_keys(_keys_of_options(options), "the command line")
-    for content in loaded.values():
+    contents = [content for _, content in files]
+    for content in contents:
         for key, value in content.get("corpus", {}).items():
             faults += faults_of_texts(f"corpus.{key}", value) if key in SPLITS else []
-    if faults:
-        raise UserError("; ".join(faults))
+    _raise(faults)
 
-    config = _parse(sections, doc, loaded.values(), options)
-    if faults := config.faults():
-        raise UserError("; ".join(faults))
+    if of_run and "help" not in {option.key for option in options}:
+        contents = _with_record(contents, options)
+    config = _parse(sections, doc, contents, options)
+    _raise([*_lists_that_are_texts(config), *config.faults()])
+
+    for warning in warnings_of(options) if is_first_here() else ():
+        print(f"warning: {warning}", file=sys.stderr)
     return config
 
 
-def _split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(paths of --config, all other arguments), in their order."""
-    files, rest = [], []
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument == "--config":
-            files.append(next(arguments, ""))
-        elif argument.startswith("--config="):
-            files.append(argument.removeprefix("--config="))
-        else:
-            rest.append(argument)
-    return files, rest
-
-
-def _recorded_config(options: Sequence[str]) -> str:
-    """The path of the configuration of the run that `--run.directory` names."""
-    name = "--run.directory"
-    for option, following in zip(options, [*options[1:], ""], strict=True):
-        if option == name or option.startswith(f"{name}="):
-            directory = following if option == name else option.removeprefix(f"{name}=")
-            path = Path(directory) / "config.yaml"
-            if not path.is_file():
-                raise UserError(f"run.directory={directory}: no run there; train one with launch/train.py")
-            return str(path)
-    raise UserError("run.directory is not set; name a run, as in --run.directory=runs/imdb")
+def _raise(faults: Sequence[str]) -> None:
+    if faults:
+        raise UserError("; ".join(faults))
 
 
 def _keys_of_file(content: Sections) -> list[str]:
@@ -129,21 +75,82 @@ def _keys_of_file(content: Sections) -> list[str]:
     return empty + [f"{section}.{key}" for section, keys in content.items() for key in keys]
 
 
-def _keys_of_options(options: Sequence[str]) -> list[str]:
-    """The `section.key` of options, also of those that append to a list, as in `--corpus.train+=b.txt`."""
-    names = [option[2:].split("=")[0].rstrip("+") for option in options if option.startswith("--")]
-    return [name for name in names if name not in ("help", "print_config")]
-
-
 def _unknown_keys(keys: Iterable[str], where: str) -> list[str]:
-    """A fault for each key that no section has, with the nearest one that exists."""
     known = list(knobs())
-    return [f"{key}: no such key in {where}; did you mean {closest(key, known)}?" for key in keys if key not in known]
+    return [unknown_key(key, where, known) for key in keys if key not in known]
 
 
-def _parse(sections: Sequence[str], doc: str | None, contents: Iterable[Sections], options: Sequence[str]) -> Config:
-    """The values of files and options, of the right types; --help prints and exits."""
+def _unread_options(sections: Sequence[str], options: Sequence[Option]) -> Iterator[str]:
+    """A fault for each option of a section that this script does not read; in a file such a key is for others."""
+    for option in options:
+        section = option.key.partition(".")[0]
+        if option.key in knobs() and section not in sections:
+            readers = " or ".join(READERS[section])
+            yield f"{option.key}: this script does not read it; give it to {readers}"
+
+
+def _with_record(contents: Sequence[Sections], options: Sequence[Option]) -> list[Sections]:
+    """The files of --config with what is recorded in the run around them.
+
+    Raises:
+        UserError: no run is named, there is none, or an option names another model than the run's.
+    """
+    directory = ""
+    for content in contents:
+        directory = content.get("run", {}).get("directory") or directory
+    for option in options:
+        directory = (option.value or "") if option.key == "run.directory" else directory
+    if not directory:
+        raise UserError(
+            "run.directory is not set; name a run, as in --run.directory=runs/imdb, or a file that does, as in "
+            "--config=configs/imdb.yaml"
+        )
+
+    path = Path(directory) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"run.directory={directory}: no run there; train one with launch/train.py")
+    record, known = load_yaml(path), knobs()
+    _raise(_unknown_keys(_keys_of_file(record), str(path)))
+    _raise([
+        f"{option.key}: is part of the run's model, which its config.yaml tells; leave the option out"
+        for option in options
+        if option.key.startswith("model.")
+    ])  # fmt: skip
+
+    fixed = {
+        section: {name: value for name, value in keys.items() if not known[f"{section}.{name}"].changeable}
+        for section, keys in record.items()
+    }
+    return [record, *contents, fixed]
+
+
+def _parse(sections: Sequence[str], doc: str | None, contents: Sequence[Sections], options: Sequence[Option]) -> Config:
+    """The values of files and options, of the right types; --help prints and exits.
+
+    Raises:
+        UserError: naming every value of another type.
+    """
     import jsonargparse  # not at the top: readers of a stream need no command line
+
+    # Files were read and checked already; jsonargparse gets what is in them for the sections that are wanted.
+    wanted = [{name: keys for name, keys in content.items() if name in sections} for content in contents]
+    arguments = [option.argument for option in options]
+    parser = _parser(tuple(sections), doc)
+    try:
+        parsed = parser.instantiate(parser.parse_args([*map(_as_option, wanted), *arguments]))
+    except jsonargparse.ArgumentError as error:
+        alone = {f"{section}.{key}={value}": _as_option({section: {key: value}})
+                 for content in wanted for section, keys in content.items() for key, value in keys.items()}  # fmt: skip
+        alone.update({f"{option.key}={option.value}": option.argument for option in options})
+        _raise([_expected(given) for given, argument in alone.items() if _is_refused(parser, argument)])
+        raise UserError(" ".join(str(error).split())) from error
+    return Config(**{section: parsed[section] for section in sections})
+
+
+@cache  # a sixth of a second
+def _parser(sections: tuple[str, ...], doc: str | None) -> Any:
+    """jsonargparse's parser of these sections."""
+    import jsonargparse
 
     class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Keeps the lines of the scripts' docstrings, and leaves out --section=FILE, which is no key here."""
@@ -162,15 +169,56 @@ def _parse(sections: Sequence[str], doc: str | None, contents: Iterable[Sections
     parser.add_argument("--config", action="config", help="YAML file of an experiment; may be given several times.")
     for section in sections:
         parser.add_class_arguments(type(getattr(Config(), section)), section)
+    return parser
 
-    # Files were read and checked already; jsonargparse gets what is in them for the sections that are wanted.
-    wanted = [{name: keys for name, keys in content.items() if name in sections} for content in contents]
-    files = [f"--config={json.dumps(each, default=str)}" for each in wanted]  # a date of YAML is a text
+
+def _as_option(content: Sections) -> str:
+    return f"--config={json.dumps(content, default=str)}"  # a date of YAML is a text
+
+
+def _is_refused(parser: Any, argument: str) -> bool:
+    """Whether an argument has a value of another type than its knob."""
+    import jsonargparse
+
     try:
-        parsed = parser.instantiate(parser.parse_args([*files, *options]))
-    except jsonargparse.ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from error
-    return Config(**{section: parsed[section] for section in sections})
+        parser.parse_args([argument])
+    except jsonargparse.ArgumentError:
+        return True
+    return False
+
+
+def _expected(given: str) -> str:
+    """The fault of `section.key=value` whose value is of another type."""
+    key, _, value = given.partition("=")
+    kind, default = types()[key], Config().flat()[key]
+    if get_origin(kind) is Literal:
+        choices = [str(choice) for choice in get_args(kind)]
+        return f"{given}: expected one of {', '.join(choices)}; did you mean {closest(value, choices)}?"
+    if is_list(kind):
+        return f"{given}: expected a text or a list of texts, as in '[one, two]'; put quotes around what has a colon"
+
+    names = {
+        bool: "true or false",
+        int: f"a whole number, as in {default}",
+        float: f"a number, as in {default or 0.001}",
+    }
+    return f"{given}: expected {names.get(kind, 'a text')}"
+
+
+def _lists_that_are_texts(config: Config) -> Iterator[str]:
+    """A fault for each text in brackets: a list to its author, but not to YAML, for which `a:` is no text."""
+    for key, value in config.flat().items():
+        if is_list(types()[key]) and isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+            items = list_text(item.strip().strip("'\"") for item in value[1:-1].split(","))
+            yield (
+                f"{key}={value}: is one text to YAML, not a list; put quotes around its items, as in '{items}', or "
+                f"around the whole if it is one, as in '{list_text([value])}'"
+            )
+
+
+def is_first_here() -> bool:
+    """Whether this is the first of the processes that were launched on this machine: one line is enough."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def run_entry_point(main: Callable[[], int | None]) -> None:
@@ -183,7 +231,7 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     # threads that never spin wait for the scheduler at every step; a few hundred rounds cost neither.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "300")
-    first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes on this machine: one line is enough
+    first_here = is_first_here()
 
     try:
         code = main()
@@ -195,7 +243,15 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
         if first_here or getattr(error, "may_be_local", False):
             way_out = "; make room on the disk and type the same command again" if full else ""
             print(f"error: {error}{way_out}", file=sys.stderr)
+            _tell_launcher(f"error: {error}{way_out}")
         code = 1 if full else getattr(error, "code", 2)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("rnnlm"):
+            raise  # a fault of ours
+
+        if first_here:
+            print(f"error: {error}; type this first: . .venv/bin/activate (make quickstart makes it)", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         if first_here:
             print("\ninterrupted; type the same command again to resume", file=sys.stderr)
@@ -203,3 +259,11 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
 
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _tell_launcher(line: str) -> None:
+    """Put a line where torchrun looks for the cause, so that its report, which comes last, ends with it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        cause = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": cause}), encoding="utf-8")

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rnnlm.knob import Knob, knob
 from rnnlm.texts import SPLITS, Texts, faults_of_texts, named_sources
@@ -132,10 +133,10 @@ class ModelConfig:
     tanh, Elman 1990), or one that other code has registered."""
     head: str = knob("softmax", choices=HEADS)
     """What is predicted from the hidden state: softmax (over the vocabulary), or one that other code has registered."""
-    embedding_size: int = knob(256, at_least=1)
-    """Width of the token vectors."""
-    hidden_size: int = knob(512, at_least=1)
-    """Width of each recurrent layer."""
+    embedding_size: int = knob(0, at_least=0)
+    """Width of the token vectors; 0: half of hidden_size, or all of it if tied."""
+    hidden_size: int = knob(0, at_least=0)
+    """Width of each recurrent layer; 0: by the size of the text, from 64 to 2048 (rnnlm/train/sizes.py)."""
     layers: int = knob(2, at_least=1)
     """Number of recurrent layers."""
     dropout: float = knob(0.0, at_least=0, below=1)
@@ -159,8 +160,8 @@ class OptimConfig:
     name: str = knob("adam", choices=OPTIMIZERS)
     """adam (Kingma & Ba 2015), adamw (Loshchilov & Hutter 2019), sgd, these with PyTorch's fused kernels, or one that
     other code has registered."""
-    learning_rate: float = knob(1e-3, at_least=0)
-    """Peak learning rate."""
+    learning_rate: float = knob(0.0, at_least=0)
+    """Peak learning rate; 0: by hidden_size, 1.024 / hidden_size up to 0.004 for adam and adamw, else 0.001."""
     momentum: float = knob(0.0, at_least=0, below=1)
     """Of sgd; 0: none."""
     beta1: float = knob(0.9, at_least=0, below=1)
@@ -195,8 +196,9 @@ class TrainConfig:
 
     seed: int = knob(1, at_least=0, below=2**63)
     """Initial weights, dropout masks, and the rotation between epochs."""
-    epochs: int = knob(1, at_least=1, changeable=True)
-    """Passes over the stream; every token is a target once in each."""
+    epochs: int = knob(0, at_least=0, changeable=True)
+    """Passes over the stream; every token is a target once in each. 0: as many as max_steps takes, or else 1,500
+    steps, so 1 for a text of 10 MB or more."""
     max_steps: int = knob(0, at_least=0, changeable=True)
     """Stop after this many steps even if epochs are left; 0: no limit."""
     global_batch_size: int = knob(64, at_least=1)
@@ -239,8 +241,9 @@ class EvalConfig:
     """Which stream of stream.directory."""
     batch_size: int = knob(64, at_least=1, changeable=True)
     """Substreams that the stream is cut into; the result depends on this and on nothing else."""
-    every_steps: int = knob(0, at_least=0, changeable=True)
-    """Steps between evaluations while training; 0: at the end of each epoch."""
+    every_steps: int = knob(-1, at_least=-1, changeable=True)
+    """Steps between evaluations while training; 0: at the end of each epoch; -1: ten in a run or one each 5,000 steps,
+    but for at most a tenth of the time; with plateau and early stopping, which count them, as 0."""
     count_eos: bool = knob(True, changeable=True)
     """Whether predicting the end of a document counts as a token and as a word."""
 
@@ -397,6 +400,11 @@ class Config:
         return {f"{section}.{name}": value for section in sections for name, value in sections[section].items()}
 
 
+# What follows the size of the text, and the value that says so; a run's record holds what was chosen.
+BY_SIZE: dict[str, float] = {
+    "model.embedding_size": 0, "model.hidden_size": 0, "optim.learning_rate": 0.0, "train.epochs": 0,
+    "eval.every_steps": -1,
+}  # fmt: skip
 ALLOWED_CHANGES = ("train.seq_len", "train.global_batch_size")
 TRAINING_SECTIONS = ("stream", "model", "optim", "train", "eval", "generate", "run")
 
@@ -410,6 +418,21 @@ def nearest(size: int, divisor: int) -> str:
 def as_list(value: list[str] | str) -> list[str]:
     """A knob that takes one text or several, as a list; the empty text is no text."""
     return [value] if isinstance(value, str) and value else list(value)
+
+
+@cache
+def types() -> dict[str, Any]:
+    """`section.key` -> its type, for every field."""
+    return {
+        f"{section}.{name}": kind
+        for section, owner in get_type_hints(Config).items()
+        for name, kind in get_type_hints(owner).items()
+    }
+
+
+def is_list(kind: Any) -> bool:
+    """Whether a knob of this type takes a list."""
+    return get_origin(kind) is list or any(is_list(each) for each in get_args(kind))
 
 
 def knobs() -> dict[str, Knob]:

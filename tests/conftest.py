@@ -119,7 +119,7 @@ def experiment(streams: Path, tmp_path: Path) -> Path:
         "optim": {"learning_rate": 0.01, "schedule": "cosine", "warmup_steps": 4},
         "train": {"global_batch_size": 16, "seq_len": 48, "epochs": 2, "max_steps": 20, "cpu_threads": 1},
         "generate": {"prompts": ["anna sees"], "max_tokens": 8},
-        "eval": {"batch_size": 8},
+        "eval": {"batch_size": 8, "every_steps": 0},
         "run": {"directory": str(tmp_path / "run"), "log_every_steps": 3, "save_every_steps": 10},
     }
     path = tmp_path / "experiment.yaml"

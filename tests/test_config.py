@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from rnnlm.cli import dump_yaml, load_yaml, read_config
-from rnnlm.config import CELLS, HEADS, OPTIMIZERS, TRAINING_SECTIONS, Config, TokenizerConfig, knobs, nearest
+from rnnlm.cli import read_config
+from rnnlm.config import BY_SIZE, CELLS, HEADS, OPTIMIZERS, TRAINING_SECTIONS, Config, TokenizerConfig, knobs, nearest
 from rnnlm.errors import UserError
 from rnnlm.train.run import differing
+from rnnlm.yaml_file import dump_yaml, load_yaml
 
 
 def read(*argv: str) -> Config:
@@ -81,7 +82,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("modle: {}", "modle.: no such key"),
+        ("modle: {}", "modle: no such section in .*did you mean model\\?"),
         ("model: {layers: }", "model.layers: has no value"),
         ("train: {accumulation: }", "train.accumulation: has no value"),
     ],
@@ -109,7 +110,7 @@ def test_what_may_change_on_resume() -> None:
     assert not CHANGEABLE & {"train.seq_len", "train.global_batch_size", "train.seed", "train.precision"}
 
     record = {"model": {"hidden_size": 99}, "train": {"epochs": 7, "seed": 1}}
-    assert differing(Config(), record) == ["model.hidden_size is 99 there, 512 now"]
+    assert differing(Config(), record) == ["model.hidden_size is 99 there, 0 now"]
 
 
 def faults_with(key: str, value: Any) -> list[str]:
@@ -147,6 +148,12 @@ def test_each_bound_is_refused_one_beyond_and_accepted_at_the_bound(key: str) ->
 def test_every_number_has_a_lower_bound_but_the_forget_bias() -> None:
     numbers = [key for key, value in Config().flat().items() if type(value) in (int, float)]
     assert [key for key in numbers if knobs()[key].at_least is None] == ["model.forget_bias"]
+
+
+def test_what_follows_the_size_of_the_text_does_so_by_default_and_within_bounds() -> None:
+    defaults = Config().flat()
+    assert {key: defaults[key] for key in BY_SIZE} == BY_SIZE
+    assert all(knobs()[key].at_least == mark for key, mark in BY_SIZE.items())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import torch
 from conftest import ROOT, TrainHere, make_text, records
 from safetensors.torch import load_file
 
-from rnnlm.cli import load_yaml
 from rnnlm.config import Config, CorpusConfig, ModelConfig, RunConfig, StreamConfig
 from rnnlm.data.adopt import adopt
 from rnnlm.data.build.build import Build
@@ -26,6 +25,7 @@ from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.train.load import load_model
 from rnnlm.train.run import mark_preempted
+from rnnlm.yaml_file import load_yaml
 
 TEXT = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
 NUMPY, PYTORCH = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)

@@ -27,7 +27,6 @@ import torch
 from conftest import STATE, write_stream
 
 from rnnlm.checkpoint.checkpoint import find_newest, load, save
-from rnnlm.cli import dump_yaml, load_yaml
 from rnnlm.config import TRAINING_SECTIONS, Config
 from rnnlm.data.adopt import adopt
 from rnnlm.data.stream import TokenStream
@@ -37,6 +36,7 @@ from rnnlm.data.word_tokenizer import WordTokenizer
 from rnnlm.errors import UserError
 from rnnlm.hashing import json_digest
 from rnnlm.train.state import check_state
+from rnnlm.yaml_file import dump_yaml, load_yaml
 
 Files = dict[str, bytes]
 MEMORY_BYTES = 2**28

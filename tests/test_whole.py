@@ -85,6 +85,14 @@ def test_the_makefile_types_the_readmes_commands() -> None:
         assert re.search(rf"^\t\$\(BIN\)/.*\b{script}\.py", makefile, flags=re.MULTILINE)
 
 
+def test_one_process_is_started_by_python_alone() -> None:
+    """A launcher's report of an error is thirty lines, which one process can do without."""
+    for line in readme_commands():
+        if line.startswith("accelerate"):
+            assert "--num_processes" in line or "one_node.yaml" in line, line
+    assert "accelerate" not in (ROOT / "Makefile").read_text()
+
+
 def test_make_corpus_is_the_standard_library(run_script: RunScript, tmp_path: Path) -> None:
     done = run_script("tools/make_corpus.py", "corpus")
     assert done.returncode == 0, done.stderr
@@ -200,6 +208,7 @@ def test_a_batch_that_the_processes_do_not_divide(run_script: RunScript, experim
         "error: train.global_batch_size=15 is not divisible by 2 processes times train.accumulation=1; use 14 or 16"
     ]
     assert re.search(r"exitcode\s*: 2", done.stderr), "the launcher reports our code"
+    assert re.search(r"traceback : error: train.global_batch_size=15 is not divisible", done.stderr), "and our line"
 
 
 def test_fault_20_a_run_directory_of_another_configuration(

@@ -18,8 +18,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from rnnlm.cli import run_entry_point
-from rnnlm.errors import UserError
+try:
+    from rnnlm.cli import run_entry_point
+    from rnnlm.errors import UserError
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}; type this first: . .venv/bin/activate (make quickstart makes it)") from None
 
 
 def main() -> None:

@@ -13,7 +13,10 @@ streams are there, it prints what they are.
 import itertools
 import sys
 
-from rnnlm.cli import read_config, run_entry_point
+try:
+    from rnnlm.cli import read_config, run_entry_point
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}; type this first: . .venv/bin/activate (make quickstart makes it)") from None
 
 
 def main() -> None:

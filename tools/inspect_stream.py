@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from rnnlm.cli import run_entry_point
-from rnnlm.errors import UserError
+try:
+    from rnnlm.cli import run_entry_point
+    from rnnlm.errors import UserError
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}; type this first: . .venv/bin/activate (make quickstart makes it)") from None
 
 if TYPE_CHECKING:
     from rnnlm.data.stream import TokenStream

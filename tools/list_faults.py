@@ -41,7 +41,10 @@ FAULTS = (  # the number of a fault never changes: tests and messages of commits
     ("the loss jumps", "on request, steps beyond k sigma are skipped"),
     ("resumed on another number of processes", "the same tokens and hidden states, or a refusal that says what fits"),
     ("resumed with other data, tokenizer, windows or batch", "refused, naming the field and both values"),
-    ("a shard replaced by one of the same size", "refused by its digest"),
+    (
+        "a shard replaced by one of the same size",
+        "with stream.verify, and by tools/verify_stream.py, refused by its digest; otherwise only sizes are looked at",
+    ),
     ("a shard truncated before it is opened", "refused, with the file and both sizes"),
     ("a shard removed while it is read", "reading continues; the next start names it; nothing is rewritten in place"),
     ("disk full while building", "a clear error; the same command resumes when there is room"),

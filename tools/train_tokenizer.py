@@ -16,8 +16,11 @@ need no training; check them, and give the same options to build_stream.py:
 import sys
 from pathlib import Path
 
-from rnnlm.cli import read_config, run_entry_point
-from rnnlm.errors import UserError
+try:
+    from rnnlm.cli import read_config, run_entry_point
+    from rnnlm.errors import UserError
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}; type this first: . .venv/bin/activate (make quickstart makes it)") from None
 
 
 def main() -> None:

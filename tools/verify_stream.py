@@ -10,7 +10,10 @@ import argparse
 import time
 from pathlib import Path
 
-from rnnlm.cli import run_entry_point
+try:
+    from rnnlm.cli import run_entry_point
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}; type this first: . .venv/bin/activate (make quickstart makes it)") from None
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnlm.config import ModelConfig
+from rnnlm.errors import UserError
 from rnnlm.model.heads import build_head
 from rnnlm.model.layers import LAYERS, Context, Hidden, Layer, State, named_generator
 from rnnlm.model.precision import compute_dtype, full_precision
@@ -26,10 +27,15 @@ class RecurrentLM(nn.Module):
     Args:
         seed: of the initial weights and of the dropout masks.
         loss_chunk_tokens: tokens whose logits are in memory at once.
+
+    Raises:
+        UserError: sizes that are left to the size of a text.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int, loss_chunk_tokens: int = 512):
         super().__init__()
+        if not (config.hidden_size and config.embedding_size):
+            raise UserError("model.hidden_size, model.embedding_size: 0 has a meaning only in a run; give numbers")
         self.config, self.vocab_size, self.seed = config, vocab_size, seed
         self.embedding = nn.Embedding(vocab_size, config.embedding_size)
 

@@ -1,5 +1,5 @@
 """The loop, and all that a run is.
 
 The order: tree_sum, interval_loss, guard, schedule, optim, state, watchdog, signals, distributed, curves, trackers,
-metrics, inputs, identity, run, saving, load, evaluation, step, trainer.
+metrics, inputs, identity, sizes, run, saving, load, evaluation, step, trainer.
 """

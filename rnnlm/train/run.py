@@ -21,8 +21,7 @@ import torch
 
 from rnnlm.checkpoint import checkpoint
 from rnnlm.checkpoint.checkpoint import Checkpoint
-from rnnlm.cli import dump_yaml, load_yaml
-from rnnlm.config import TRAINING_SECTIONS, Config, as_list
+from rnnlm.config import BY_SIZE, TRAINING_SECTIONS, Config, as_list
 from rnnlm.data.ring import Origin, Ring
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.tokenizer import Tokenizer
@@ -31,7 +30,9 @@ from rnnlm.files import locked, write_file
 from rnnlm.train.distributed import Accelerator, all_gather_object, errors_are_shared, errors_may_be_local, run_on_main
 from rnnlm.train.identity import check_alike, differing, fingerprint, identity, versions
 from rnnlm.train.inputs import Streams, open_ring, substreams_of
+from rnnlm.train.sizes import disproportions, follow_text
 from rnnlm.train.state import TrainerState, check_state
+from rnnlm.yaml_file import dump_yaml, load_yaml
 
 MARKER = "preempted.json"  # in the run, while it waits to be started again
 LOCK_PATIENCE_SECONDS = 5.0  # an attempt that was killed a moment ago may not have ended yet
@@ -42,14 +43,17 @@ class Run:
     """A run whose directory this attempt holds.
 
     Args:
+        config: with all that follows the size of the text.
         tokenizer: of its streams; None: they have none, so there is no text.
         ring: how the training stream is read, from the origin of this attempt on.
         first, last: substreams first ... last - 1 are this process's.
         checkpoint: the newest whole one, and its state; None: the run begins.
         same_substreams: whether the hidden states in the checkpoint are those of this attempt's substreams.
+        notes: what the person at the console should know of how it begins.
         damaged: what is wrong with each newer checkpoint.
     """
 
+    config: Config
     directory: Path
     tokenizer: Tokenizer | None
     ring: Ring
@@ -58,6 +62,7 @@ class Run:
     checkpoint: Checkpoint | None
     state: TrainerState | None
     same_substreams: bool
+    notes: tuple[str, ...]
     damaged: tuple[str, ...]
 
 
@@ -84,7 +89,7 @@ def open_run(config: Config, accelerator: Accelerator, streams: Streams) -> Iter
         def hold() -> _Start:
             lock = locked(directory, directory / "holder", "run", patience_seconds=LOCK_PATIENCE_SECONDS)
             stack.enter_context(lock)
-            return _examine(config, streams.train)
+            return _examine(config, streams)
 
         start = run_on_main(accelerator, hold)
         found, state = None, None
@@ -94,31 +99,50 @@ def open_run(config: Config, accelerator: Accelerator, streams: Streams) -> Iter
                 state = check_state(found.state, found.path)
         ring = open_ring(config, streams.train, start.origin)
         same_substreams = "train.global_batch_size" not in start.changed
-        yield Run(directory, tokenizer, ring, first, last, found, state, same_substreams, start.damaged)
+        read = (ring, first, last, found, state, same_substreams)
+        yield Run(start.config, directory, tokenizer, *read, start.notes, start.damaged)
 
 
 @dataclass(frozen=True)
 class _Start:
     """What the main process found out for all."""
 
+    config: Config  # with all that follows the size of the text
+    notes: tuple[str, ...]  # of what was chosen, and of what is out of proportion
     checkpoint: str | None  # path of the newest whole one
     origin: Origin
     changed: tuple[str, ...]  # fields that this attempt changes
     damaged: tuple[str, ...]  # what is wrong with each newer checkpoint
 
 
-def _examine(config: Config, stream: TokenStream) -> _Start:
+def _examine(config: Config, streams: Streams) -> _Start:
     """Check that the directory is this run's, and find the newest whole checkpoint; reads only."""
-    directory = Path(config.run.directory)
+    directory, stream = Path(config.run.directory), streams.train
     found, damaged = checkpoint.find_newest(directory / "checkpoints", "step")
     state = check_state(found.state, found.path) if found else None
+    config, notes = _with_sizes(config, directory, streams)
 
     changed = _changed_fields(config, directory, state)
     origin = Origin()
     if state:
         _check_data(directory, state, stream)
         origin = _origin(config, state, stream, changed)
-    return _Start(str(found.path) if found else None, origin, changed, tuple(map(str, damaged)))
+    path = str(found.path) if found else None
+    return _Start(config, notes, path, origin, changed, tuple(map(str, damaged)))
+
+
+def _with_sizes(config: Config, directory: Path, streams: Streams) -> tuple[Config, tuple[str, ...]]:
+    """The configuration with what the run has recorded, or else what its text asks for, and what to print of that.
+
+    Of the record only config.yaml counts: what a checkpoint says is compared, and takes no memory before.
+    """
+    record, unset = directory / "config.yaml", any(config.flat()[key] == mark for key, mark in BY_SIZE.items())
+    recorded = load_yaml(record) if unset and record.exists() else {}
+    config, chosen = follow_text(config, recorded, streams)
+
+    manifest = streams.train.manifest
+    doubts = [] if record.exists() else disproportions(config, manifest.tokens, manifest.vocab_size)
+    return config, tuple([chosen] if chosen else []) + tuple(f"warning: {doubt}" for doubt in doubts)
 
 
 def record_attempt(config: Config, run: Run) -> None:
@@ -126,6 +150,8 @@ def record_attempt(config: Config, run: Run) -> None:
 
     Not before: an attempt that fails at its start, out of memory perhaps, leaves no configuration to be held to.
     """
+    for note in run.notes:
+        print(note, file=sys.stderr, flush=True)
     for error in run.damaged:
         print(f"warning: {error}; moved away, resuming from an older one", file=sys.stderr, flush=True)
     if run.checkpoint:

@@ -45,7 +45,7 @@ def train(config: Config, interrupts: Interrupts | None = None) -> int:
     """
     streams = open_streams(config)
     with launched(config) as accelerator, open_run(config, accelerator, streams) as run:
-        return Trainer(config, accelerator, streams, run, interrupts or Interrupts()).fit()
+        return Trainer(run.config, accelerator, streams, run, interrupts or Interrupts()).fit()
 
 
 class Trainer:

@@ -34,7 +34,8 @@ def test_fault_17_only_rows_that_are_not_finite_restart_from_zero() -> None:
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 def test_a_fused_optimizer_does_nothing_in_a_skipped_step(name: str) -> None:
     model = torch.nn.Linear(3, 2)
-    optimizer = build_optimizer(model, OptimConfig(name=name, momentum=0.9 * (name == "sgd"), weight_decay=0.1))  # type: ignore[arg-type]
+    config = OptimConfig(name=name, learning_rate=1e-3, momentum=0.9 * (name == "sgd"), weight_decay=0.1)
+    optimizer = build_optimizer(model, config)
 
     def step(value: float, skip: bool) -> None:
         for parameter in model.parameters():

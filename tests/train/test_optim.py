@@ -14,6 +14,8 @@ from rnnlm.errors import UserError
 from rnnlm.train.optim import OptimizerKind, build_optimizer, optimizer_tensors, register_optimizer
 from rnnlm.train.schedule import ValidationMemory, learning_rate
 
+OPTIMIZERS_AND_MOMENTA = (("adam", 0.0), ("adamw", 0.0), ("sgd", 0.0), ("sgd", 0.9))
+
 
 def rates(config: OptimConfig, steps: list[int], horizon: int = 100) -> list[float]:
     return [learning_rate(config, step, horizon, ValidationMemory()) for step in steps]
@@ -59,7 +61,7 @@ def test_early_stopping_and_nan() -> None:
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_state_comes_back_to_the_bit(name: str, momentum: float) -> None:
-    config = OptimConfig(name=name, momentum=momentum, weight_decay=0.1)  # type: ignore[arg-type]
+    config = OptimConfig(name=name, learning_rate=1e-3, momentum=momentum, weight_decay=0.1)  # type: ignore[arg-type]
 
     def made() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
@@ -103,7 +105,8 @@ def test_weight_decay_spares_biases() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [OptimConfig(), OptimConfig(name="adamw"), OptimConfig(name="sgd"), OptimConfig(name="sgd", momentum=0.9)]
+    "config",
+    [OptimConfig(name=name, learning_rate=1e-3, momentum=momentum) for name, momentum in OPTIMIZERS_AND_MOMENTA],
 )
 def test_what_a_checkpoint_must_hold_of_an_optimizer(config: OptimConfig) -> None:
     model = torch.nn.Linear(3, 2)
@@ -117,7 +120,8 @@ def test_what_a_checkpoint_must_hold_of_an_optimizer(config: OptimConfig) -> Non
 
 
 @pytest.mark.parametrize(
-    "config", [OptimConfig(), OptimConfig(name="adamw"), OptimConfig(name="sgd"), OptimConfig(name="sgd", momentum=0.9)]
+    "config",
+    [OptimConfig(name=name, learning_rate=1e-3, momentum=momentum) for name, momentum in OPTIMIZERS_AND_MOMENTA],
 )
 def test_state_that_is_there_from_the_start_changes_no_step(config: OptimConfig) -> None:
     """PyTorch creates it at the first step; the updates are the same bits."""
@@ -146,7 +150,7 @@ def test_an_optimizer_that_cannot_skip_a_step_is_refused() -> None:
 
 def test_momentum_begins_at_zero_even_where_the_first_step_is_skipped() -> None:
     model = torch.nn.Linear(3, 2)
-    optimizer = build_optimizer(model, OptimConfig(name="sgd", momentum=0.9))
+    optimizer = build_optimizer(model, OptimConfig(name="sgd", learning_rate=1e-3, momentum=0.9))
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))
     optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]

@@ -208,7 +208,7 @@ def test_plateau_without_a_validation_stream_is_refused(
     assert train_here(*options).returncode == 0, "nothing else needs it"
 
 
-def test_streams_are_verified_before_training_on_request(
+def test_fault_21_a_shard_of_the_same_size_is_refused_on_request_alone(
     train_here: TrainHere, experiment: Path, streams: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
@@ -217,6 +217,7 @@ def test_streams_are_verified_before_training_on_request(
     data = bytearray(shard.read_bytes())
     data[-3] ^= 1
     shard.write_bytes(data)
+    TokenStream(broken / "train")  # what a start without stream.verify sees: manifest and sizes
 
     options = (f"--config={experiment}", f"--stream.directory={broken}", "--stream.verify=true")
     done = train_here(*options)

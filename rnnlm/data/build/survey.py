@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rnnlm.config import Config, as_list
+from rnnlm.config import Config
 from rnnlm.data.build.executor import WorkerPool, dask_pool, process_pool
 from rnnlm.data.byte_tokenizer import ByteTokenizer
 from rnnlm.data.documents import BadRecordError, Document, Item, LongDocument, read
@@ -72,7 +72,7 @@ class SurveyContext:
     def held_back(self, data: bytes) -> bool:
         """Whether a document is not to shape the tokenizer: valid's, and for SentencePiece 1 % at least, to measure."""
         split, counted = self.config.stream, self.config.tokenizer.kind == "word"
-        share = 0.0 if counted and as_list(self.config.corpus.valid) else split.valid_fraction
+        share = 0.0 if counted and self.config.corpus.valid else split.valid_fraction
         return fraction_of(data, split.split_seed) < (share if counted else max(share, 0.01))
 
 
