@@ -14,7 +14,7 @@ from pathlib import Path
 
 from proof.processes import SIGNALS, Processes, call, choose, make_tokenizer, script, write_text
 from rnnlm.cli import read_config
-from rnnlm.data.build.build import tokenizer_path
+from rnnlm.data.tokenizer_choice import tokenizer_path
 
 
 @dataclass
