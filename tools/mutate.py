@@ -1,4 +1,4 @@
-"""Which small faults of the code no test notices: mutants of the modules that hold the promise, each given to its tests.
+"""Which small faults in the code no test notices: mutants of the modules that hold the promise, and their tests.
 
     make mutants                                                # all of MODULES, hours; taken up again where it ended
     make mutants SAMPLE=200                                     # 200 of all, chosen by --seed
@@ -33,17 +33,39 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".mutants"
 MODULES = {  # module -> the files of tests that concern it, the quickest first
-    "rnnlm/data/ring.py": "data/test_ring data/test_substreams",
-    "rnnlm/data/substreams.py": "data/test_substreams train/test_continuity",
-    "rnnlm/data/build/units.py": "data/build/test_units data/test_documents data/build/test_build data/build/test_kills",
-    "rnnlm/data/build/assemble.py": "data/build/test_build data/build/test_engines data/build/test_kills",
-    "rnnlm/model/generate.py": "model/test_generate train/test_trained_run",
-    "rnnlm/checkpoint/checkpoint.py": "checkpoint/test_checkpoint checkpoint/test_untrusted checkpoint/test_crash",
-    "rnnlm/checkpoint/saver.py": "checkpoint/test_saver train/test_faults",
-    "rnnlm/train/guard.py": "train/test_guard train/test_restore",
-    "rnnlm/train/step.py": "train/test_restore train/test_baselines train/test_guard train/test_state train/test_trainer "
-    "train/test_elastic",
-    "rnnlm/train/run.py": "train/test_restore train/test_state train/test_trainer train/test_elastic train/test_faults",
+    "rnnlm/data/ring.py": ("data/test_ring", "data/test_substreams"),
+    "rnnlm/data/substreams.py": ("data/test_substreams", "train/test_continuity"),
+    "rnnlm/data/build/units.py": (
+        "data/build/test_units",
+        "data/test_documents",
+        "data/build/test_build",
+        "data/build/test_kills",
+    ),
+    "rnnlm/data/build/assemble.py": ("data/build/test_build", "data/build/test_engines", "data/build/test_kills"),
+    "rnnlm/model/generate.py": ("model/test_generate", "model/test_generated_rows", "train/test_trained_run"),
+    "rnnlm/checkpoint/checkpoint.py": (
+        "checkpoint/test_read_back",
+        "checkpoint/test_checkpoint",
+        "checkpoint/test_untrusted",
+        "checkpoint/test_crash",
+    ),
+    "rnnlm/checkpoint/saver.py": ("checkpoint/test_read_back", "checkpoint/test_saver", "train/test_faults"),
+    "rnnlm/train/guard.py": ("train/test_guard", "train/test_restore"),
+    "rnnlm/train/step.py": (
+        "train/test_baselines",
+        "train/test_restore",
+        "train/test_guard",
+        "train/test_state",
+        "train/test_trainer",
+        "train/test_elastic",
+    ),
+    "rnnlm/train/run.py": (
+        "train/test_restore",
+        "train/test_state",
+        "train/test_trainer",
+        "train/test_elastic",
+        "train/test_faults",
+    ),
 }
 LIBRARIES = ("torch", "accelerate", "numba", "safetensors.torch", "sentencepiece", "pydantic", "jsonargparse", "yaml",
              "matplotlib.pyplot", "pytest")  # fmt: skip  # imported once for all mutants
@@ -239,7 +261,7 @@ def seconds_without(place: Place, module: str, marks: str) -> float:
 
 def tests_of(module: str) -> list[str]:
     """The files of tests that concern a module, of those that are there."""
-    paths = [f"tests/{name}.py" for name in MODULES[module].split()]
+    paths = [f"tests/{name}.py" for name in MODULES[module]]
     return [path for path in paths if (ROOT / path).exists()]
 
 
