@@ -51,6 +51,10 @@ STATE: dict[str, Any] = {  # a trainer.json
 }  # fmt: skip
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-baselines", action="store_true", help="write tests/train/baselines.json anew")
+
+
 def make_text(documents: int, seed: int = 0) -> list[str]:
     """Sentences of a small vocabulary with some structure, the same for the same seed."""
     draw = random.Random(seed)

@@ -320,7 +320,8 @@ def try_unknown(wanted: list[Mutant], places: list[Place], marks: str) -> None:
             tried = {**known.get(mutant.key, {}), marks: versions[mutant.module]}
             file.write(json.dumps({**tried, "key": mutant.key, "module": mutant.module, "state": state}) + "\n")
             file.flush()
-            print(f"\r{count} of {len(ahead)} ({marks})", end="", file=sys.stderr, flush=True)
+            if sys.stderr.isatty() or count % 20 == 0:
+                print(f"{count} of {len(ahead)} ({marks})", file=sys.stderr, flush=True)
 
 
 def report(wanted: list[Mutant]) -> None:
