@@ -16,10 +16,14 @@ Operation = tuple[str, Path, Any]
 
 
 class File:
-    """Bytes as programs see them, and whether they are on disk."""
+    """Bytes as programs see them, and how many of the first are on disk."""
 
     def __init__(self, data: bytes):
-        self.data, self.synced = data, False
+        self.data, self.synced = data, 0
+
+    def after_power_loss(self, share: float) -> bytes:
+        """Its bytes, with this share of those that were not synced."""
+        return self.data[: self.synced + int((len(self.data) - self.synced) * share)]
 
 
 class Directory:
@@ -46,8 +50,8 @@ def apply(names: dict[str, File | Directory], change: dict[str, File | Directory
 class FileSystem:
     """What a power loss may do to files, where nothing more is promised than POSIX does.
 
-    The bytes of a file that was not synced since it was written may be there, be missing, or end in the middle. Each
-    change of a name (made, renamed, removed) in a directory that was not synced since may be done or not, whatever
+    The bytes of a file that were not synced since they were written may be there, be missing, or end in the middle.
+    Each change of a name (made, renamed, removed) in a directory that was not synced since may be done or not, whatever
     became of the others. A rename is done as a whole or not at all. What was synced stays.
     """
 
@@ -67,13 +71,15 @@ class FileSystem:
         if kind == "sync":
             node = self.node(path)
             if isinstance(node, File):
-                node.synced = True
+                node.synced = len(node.data)
             else:
                 node.synced, node.pending = dict(node.names), []
             return
 
         parent = self.node(path.parent)
-        if kind == "write" and path.name in parent.names:
+        if kind == "append":
+            parent.names[path.name].data += argument
+        elif kind == "write" and path.name in parent.names:
             parent.names[path.name].__init__(argument)
         elif kind == "rename":
             assert argument.parent == path.parent
@@ -93,7 +99,7 @@ class FileSystem:
                     apply(names, change)
             for name, node in sorted(names.items()):
                 if isinstance(node, File):
-                    found[prefix + name] = node.data if node.synced else node.data[: int(len(node.data) * share())]
+                    found[prefix + name] = node.after_power_loss(share())
                 else:
                     found[prefix + name] = None
                     visit(node, f"{prefix}{name}/")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,13 @@ def small_config(directory: Path, streams: Path, **sections: dict[str, Any]) -> 
     return config
 
 
-def train_small(config: Config) -> None:
-    """Train to the end; raises what training raises."""
+def train_small(config: Config, fsync: Callable[[int], None] = lambda handle: None) -> None:
+    """Train to the end, by default without waiting for the disk; raises what training raises."""
     gc.freeze()  # training collects garbage when it ends: what the other tests hold needs not be looked at
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("rnnlm.train.metrics.draw_curves", lambda lines, picture: None)  # takes longer than all else
-            patch.setattr(os, "fsync", lambda handle: None)
+            patch.setattr(os, "fsync", fsync)
             assert train(config) == 0
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
