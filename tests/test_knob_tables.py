@@ -37,13 +37,13 @@ BOUNDS = {  # (first value that is allowed, first or last one above it: "<" or "
 }
 TABLE = {key: bounds for bounds, keys in BOUNDS.items() for key in keys.split()}
 
-FIXED = """
-    model.cell model.head model.embedding_size model.hidden_size model.layers model.dropout model.dropout_kind
-    model.tied model.init model.init_range model.forget_bias
-    optim.name optim.learning_rate optim.momentum optim.beta1 optim.beta2 optim.eps optim.weight_decay optim.clip_norm
-    optim.schedule optim.warmup_steps optim.horizon_steps optim.final_ratio optim.plateau_factor optim.plateau_patience
-    train.seed train.global_batch_size train.seq_len train.exact_slices train.rotate train.precision train.tf32
-    train.skip_spikes_sigmas""".split()
+NAMES_OF_FIXED = {
+    "model": "cell head embedding_size hidden_size layers dropout dropout_kind tied init init_range forget_bias",
+    "optim": """name learning_rate momentum beta1 beta2 eps weight_decay clip_norm schedule warmup_steps horizon_steps
+                final_ratio plateau_factor plateau_patience""",
+    "train": "seed global_batch_size seq_len exact_slices rotate precision tf32 skip_spikes_sigmas",
+}
+FIXED = {f"{section}.{name}" for section, names in NAMES_OF_FIXED.items() for name in names.split()}
 
 
 def configuration(key: str, value: Any) -> Config:
