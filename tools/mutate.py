@@ -33,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".mutants"
 MODULES = {  # module -> the files of tests that concern it, the quickest first
-    "rnnlm/data/ring.py": ("data/test_ring", "data/test_substreams"),
+    "rnnlm/data/ring.py": ("data/test_ring_offsets", "data/test_ring", "data/test_substreams"),
     "rnnlm/data/substreams.py": ("data/test_substreams", "train/test_continuity"),
     "rnnlm/data/build/units.py": (
         "data/build/test_units",
@@ -50,8 +50,9 @@ MODULES = {  # module -> the files of tests that concern it, the quickest first
         "checkpoint/test_crash",
     ),
     "rnnlm/checkpoint/saver.py": ("checkpoint/test_read_back", "checkpoint/test_saver", "train/test_faults"),
-    "rnnlm/train/guard.py": ("train/test_guard", "train/test_restore"),
+    "rnnlm/train/guard.py": ("train/test_guard_edges", "train/test_guard", "train/test_restore"),
     "rnnlm/train/step.py": (
+        "train/test_buckets",
         "train/test_baselines",
         "train/test_restore",
         "train/test_guard",
