@@ -29,6 +29,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".mutants"
@@ -111,7 +112,7 @@ def mutants_of(module: str) -> list[Mutant]:
     return list(found.values())
 
 
-def changes(tree):  # type: ignore[no-untyped-def]
+def changes(tree: Any) -> Iterator[tuple[Any, Any]]:
     """(node, what takes its place) for every mutant of a module."""
     import libcst as cst
     import libcst.matchers as m
@@ -133,7 +134,7 @@ def changes(tree):  # type: ignore[no-untyped-def]
         ahead += reversed(children)
 
 
-def leave_out(statement):  # type: ignore[no-untyped-def]
+def leave_out(statement: Any) -> Iterator[Any]:
     """A statement that is a call, or that raises, is not there."""
     import libcst as cst
     import libcst.matchers as m
@@ -142,7 +143,7 @@ def leave_out(statement):  # type: ignore[no-untyped-def]
         yield cst.Pass()
 
 
-def turn_round(statement):  # type: ignore[no-untyped-def]
+def turn_round(statement: Any) -> Iterator[Any]:
     """The condition of an if or while, or its opposite."""
     import libcst as cst
 
@@ -150,7 +151,7 @@ def turn_round(statement):  # type: ignore[no-untyped-def]
     yield statement.with_changes(test=cst.UnaryOperation(cst.Not(), inner))
 
 
-def share(call):  # type: ignore[no-untyped-def]
+def share(call: Any) -> Iterator[Any]:
     """No copy of a tensor or array: x.clone() is x."""
     import libcst.matchers as m
 

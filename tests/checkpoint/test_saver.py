@@ -175,6 +175,7 @@ def test_fault_34_python_ends_when_the_save_in_flight_is_whole(tmp_path: Path, e
         "saver = Saver(Path(sys.argv[1]))\n"
         "saver.submit(['step-00000010'], {'model': {'w': torch.ones(3)}}, {'step': 10})\n" + end
     )
+
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], env=environment(), capture_output=True, timeout=120, check=False
     )

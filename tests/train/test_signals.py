@@ -127,6 +127,7 @@ def test_fault_13_a_second_signal_stops_at_once(experiment: Path, tmp_path: Path
     )  # fmt: skip
     guard = threading.Timer(120, process.kill)
     guard.start()
+
     try:
         assert process.stdout and process.stdout.readline() == "stuck\n"
         os.kill(process.pid, signal.SIGTERM)
@@ -137,6 +138,7 @@ def test_fault_13_a_second_signal_stops_at_once(experiment: Path, tmp_path: Path
         guard.cancel()
         process.kill()
         process.communicate()
+
     assert (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/preempted.json").exists()
 
 
