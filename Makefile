@@ -1,12 +1,13 @@
 # make quickstart   from nothing to a trained model and its text, in a few minutes on two CPU cores
 # make test         the test suite
 # make check        lint, format and types
+# make mutants      small faults put into the code, and which no test notices: hours, or SAMPLE=200, MODULES=rnnlm/data/ring.py
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := quickstart/run
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test check mutants clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -35,8 +36,12 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+mutants: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[mutants]'
+	nice $(BIN)/python tools/mutate.py --slow --sample $(or $(SAMPLE),0) $(MODULES)
+
 clean:
-	rm -rf $(VENV) quickstart
+	rm -rf $(VENV) quickstart .mutants
 
 # The stamp is written last: an installation that was interrupted is taken up again.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -34,9 +34,12 @@ from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.data.tokenizer_training import train
 from rnnlm.train.guard import Guard
 
-settings.register_profile("untimed", deadline=None)  # machines are noisy, and a slow one is not wrong
-settings.register_profile("long", deadline=None, max_examples=5000)  # pytest --hypothesis-profile=long
-settings.load_profile("untimed")
+# machines are noisy, and a slow one is not wrong; a red run can be repeated
+settings.register_profile("fixed", deadline=None, derandomize=True)
+# pytest -m hypothesis --hypothesis-profile=random; a failure prints what repeats it
+settings.register_profile("random", deadline=None, print_blob=True)
+settings.register_profile("long", deadline=None, print_blob=True, max_examples=5000)
+settings.load_profile("fixed")
 torch.set_num_threads(1)  # as many pytest processes run as there are cores: more threads would wait for each other
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +52,10 @@ STATE: dict[str, Any] = {  # a trainer.json
     "memory": {"best_loss": None, "best_step": 0, "evaluations_since_best": 0, "evaluations_since_cut": 0,
                "learning_rate_scale": 1.0},
 }  # fmt: skip
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-baselines", action="store_true", help="write tests/train/baselines.json anew")
 
 
 def make_text(documents: int, seed: int = 0) -> list[str]:

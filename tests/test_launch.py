@@ -36,7 +36,7 @@ def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> Non
     """Wait, for 100 seconds at most, while the process is alive."""
     until = time.monotonic() + 100
     while not holds():
-        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        assert process.poll() is None and time.monotonic() < until, process.communicate(timeout=30)
         time.sleep(0.05)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from rnnlm import files
 from rnnlm.config import RunConfig
 from rnnlm.files import write_file
 from rnnlm.train.curves import draw_curves, read_lines
@@ -65,6 +66,7 @@ class Metrics(SilentMetrics):
         self.directory = directory
         keep_lines(self.path, step)
         keep_samples(self.samples, step)
+        files.sync(directory)  # else a power loss could bring the file of before back, without this attempt's lines
 
         self._file = self.path.open("a", encoding="utf-8")
         self._drawn = time.monotonic()

@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,18 +63,28 @@ def test_fault_34_training_continues_and_what_is_written_is_what_was_there(
 
 
 def test_fault_34_one_in_flight_and_none_after_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow, saver, returned = SlowDisk(monkeypatch), Saver(tmp_path), []
+    """The disk stands still until somebody waits for it, for five seconds by a clock that only then goes on."""
+    slow, saver, now = SlowDisk(monkeypatch), Saver(tmp_path), [0.0]
+    monkeypatch.setattr("rnnlm.checkpoint.saver.time", SimpleNamespace(perf_counter=lambda: now[0]))
     saver.submit(["step-00000001"], groups(1.0), {"step": 1})
-    threading.Timer(0.2, slow.go.set).start()
-    begin = time.perf_counter()
+    first = saver._thread
+    assert first is not None
+    join = first.join
+
+    def wait_for_disk(*patience: float) -> None:
+        now[0] += 5
+        slow.go.set()
+        join(*patience)
+
+    monkeypatch.setattr(first, "join", wait_for_disk)
+    returned = []
     for step in range(2, 7):
         returned += saver.submit([f"step-{step:08d}"], groups(float(step)), {"step": step})
-        if step == 2:
-            assert time.perf_counter() - begin > 0.1, "it waited for the one before"
     returned += saver.wait()
+
     assert slow.most == 1
     assert [saved.name for saved in returned] == [f"step-{step:08d}" for step in range(1, 7)]
-    assert returned[1].blocked_seconds > 0.1 > returned[0].blocked_seconds
+    assert [saved.blocked_seconds for saved in returned] == [0, 5, 0, 0, 0, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000006"]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("saving")]
 
@@ -158,12 +168,14 @@ def test_the_same_bytes_as_written_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("end", ["sys.exit(75)", "raise ValueError"])
 def test_fault_34_python_ends_when_the_save_in_flight_is_whole(tmp_path: Path, end: str) -> None:
     script = (
-        "import sys, time, torch\nfrom pathlib import Path\nfrom rnnlm import files\n"
+        "import sys, threading, torch\nfrom pathlib import Path\nfrom rnnlm import files\n"
         "from rnnlm.checkpoint.saver import Saver\n"
-        "honest = files.write\nfiles.write = lambda *arguments: (time.sleep(0.1), honest(*arguments))\n"
+        "honest, ended = files.write, threading.main_thread().join\n"
+        "files.write = lambda *arguments: (ended(60), honest(*arguments))\n"
         "saver = Saver(Path(sys.argv[1]))\n"
         "saver.submit(['step-00000010'], {'model': {'w': torch.ones(3)}}, {'step': 10})\n" + end
     )
+
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], env=environment(), capture_output=True, timeout=120, check=False
     )

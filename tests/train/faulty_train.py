@@ -7,6 +7,7 @@ hang N, error N: the last process stops, or raises an error, at step N.   slow N
 masks: dropout masks keyed by rank, not by substream.   skip N: from step N on the loader reads one window too far.
 blind: Accelerate is started without cpu=True.   disk N: each file of a save takes N milliseconds more to write.
 clocks N: a step takes N seconds by the clock of process 0 and N thousand by any other's; saves-RANK lists its saves.
+stuck N: step N never ends; it says "stuck" on stdout, then "noted" when a signal is, and the next one is no echo.
 half: fp16 and the scaling of its losses on a CPU, where Accelerate has neither.
 touches: touched-RANK lists what each process did to names and contents in the run's directory, by Python's own audit.
 """
@@ -17,6 +18,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +31,10 @@ from accelerate import Accelerator
 import rnnlm.files
 import rnnlm.train.distributed
 import rnnlm.train.saving
+import rnnlm.train.signals
 from rnnlm.config import Config
 from rnnlm.data.substreams import Batch, SubstreamDataset
+from rnnlm.train.signals import Interrupts
 from rnnlm.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,6 +153,28 @@ def row(value: int) -> None:
 
 def hang(value: int) -> None:
     at_step(value, lambda self: time.sleep(1000))
+
+
+def stuck(value: int) -> None:
+    noted = threading.Event()
+
+    class Listening(Interrupts):
+        """Says when it has noted a signal."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "first_signal" and value:
+                noted.set()
+
+    def act(self: Trainer) -> None:
+        print("stuck", flush=True)
+        noted.wait()
+        print("noted", flush=True)
+        threading.Event().wait()
+
+    replace(rnnlm.train.signals, "Interrupts", Listening)
+    replace(rnnlm.train.signals, "ECHO_SECONDS", 0.0)
+    at_step(value, act)
 
 
 def error(value: int) -> None:

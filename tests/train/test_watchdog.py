@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -60,9 +59,8 @@ def test_fault_15_no_end_depends_on_who_takes_the_stacks(tmp_path: Path, where: 
     """A launcher that reads no more; a disk that hangs at once, or in the middle of the stacks."""
     script = FULL.format(room=4096 if where == "the file, later" else 1)
     script += "os.dup2(full, 2)\n" if where == "stderr" else "dog._open = lambda: os.fdopen(full, 'wb', buffering=0)\n"
-    begin = time.monotonic()
     done = run(f"{script}dog.start()\nhang()", tmp_path / "hang-rank-0.txt")
-    assert done.returncode == 1 and time.monotonic() - begin < 30
+    assert done.returncode == 1
     assert ("has done nothing for" in done.stderr) == (where != "stderr")
 
 

@@ -113,7 +113,7 @@ def test_another_build_in_the_same_directory_is_refused(text: Path, tokenizer: T
         build(text, tmp_path / "s", tokenizer)
 
     leave.set()
-    first.join()
+    first.join(60)
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["train", "valid"]
 
 

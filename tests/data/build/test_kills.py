@@ -131,7 +131,7 @@ def test_fault_25_fifty_kills_at_any_moment(tokenizer: Tokenizer, tmp_path: Path
         running = process.poll() is None
         if running:
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.communicate(timeout=120)
         done = progress_of(directory) if running else "finished"
         fell.append(done)
 

@@ -1,0 +1,132 @@
+"""Rows of one generated batch: each ends for itself, draws for itself, and is decoded after its own prompt."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import product
+
+import pytest
+import torch
+
+from rnnlm.config import GenerateConfig, ModelConfig
+from rnnlm.data.tokenizer import META, StreamDecoder, Tokenizer
+from rnnlm.model.generate import draw, generate, restrict
+from rnnlm.model.language_model import RecurrentLM
+
+Rows = dict[tuple[int, int], list[int]]
+
+
+class Listening(Tokenizer):
+    """A tokenizer that notes, for each row of a batch, the context and the tokens that its decoder is given."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__(tokenizer.model)
+        self.contexts: list[list[int]] = []
+        self.tokens: list[list[int]] = []
+
+    def decoder(self, context: Iterable[int] = ()) -> StreamDecoder:
+        tokens: list[int] = []
+        self.contexts.append([*context])
+        self.tokens.append(tokens)
+        honest = super().decoder(self.contexts[-1])
+        push = honest.push
+        honest.push = lambda token: (tokens.append(token), push(token))[1]  # type: ignore[method-assign]
+        return honest
+
+
+@pytest.fixture
+def listening(tokenizer: Tokenizer) -> Listening:
+    return Listening(tokenizer)
+
+
+@pytest.fixture
+def model(tokenizer: Tokenizer) -> RecurrentLM:
+    config = ModelConfig(embedding_size=10, hidden_size=12, layers=2, init="uniform", init_range=1.0)
+    return RecurrentLM(config, tokenizer.vocab_size, seed=3).double()
+
+
+def generated(
+    model: RecurrentLM, listening: Listening, prompts: list[str], config: GenerateConfig
+) -> tuple[Rows, dict[tuple[int, int], str]]:
+    """(prompt, sample) -> tokens, and -> text."""
+    listening.contexts.clear()
+    listening.tokens.clear()
+    texts: dict[tuple[int, int], str] = defaultdict(str)
+    for fragment in generate(model, listening, prompts, config):
+        texts[fragment.prompt, fragment.sample] += fragment.text
+    owners = product(range(len(prompts)), range(config.samples))
+    return dict(zip(owners, listening.tokens, strict=True)), texts
+
+
+def test_a_row_that_has_ended_writes_nothing_while_others_go_on(model: RecurrentLM, listening: Listening) -> None:
+    model.head.bias.data[listening.eos_id] = 2.0
+    prompts, options = ["anna", "bob sees", ""], {"samples": 4, "max_tokens": 30, "temperature": 1.0}
+    endless, _ = generated(model, listening, prompts, GenerateConfig(**options, stop_at_eos=False))  # type: ignore[arg-type]
+    ended, _ = generated(model, listening, prompts, GenerateConfig(**options))  # type: ignore[arg-type]
+
+    for owner, tokens in endless.items():
+        assert len(tokens) == 30
+        end = tokens.index(listening.eos_id) + 1 if listening.eos_id in tokens else 30
+        assert ended[owner] == tokens[:end], "the same draws, up to its own end"
+    lengths = {len(tokens) for tokens in ended.values()}
+    assert len(lengths) >= 4 and min(lengths) < 10, "rows end at different times"
+
+
+def test_a_row_is_decoded_after_its_own_prompt(model: RecurrentLM, listening: Listening) -> None:
+    """A word that begins within a text has a space before it, one at the beginning of a text has none."""
+    prompts = ["anna sees the cat", "", "bob likes"]
+    model.head.weight.data.zero_()
+    word = next(i for i in range(listening.vocab_size) if listening.piece(i)[:1] == META != listening.piece(i))
+    text = listening.piece(word).replace(META, " ")
+    model.head.bias.data[word] = 1e3  # whatever came before, the next token is this one
+
+    _, texts = generated(model, listening, prompts, GenerateConfig(max_tokens=2))
+    assert texts == {(0, 0): 2 * text, (1, 0): (2 * text)[1:], (2, 0): 2 * text}
+    for context, tokens, prompt in zip(listening.contexts, listening.tokens, prompts, strict=True):
+        assert listening.decode([*context, *tokens]) == (prompt + 2 * text).lstrip()
+
+
+def test_every_place_of_every_sample_of_every_prompt_has_noise_of_its_own(
+    model: RecurrentLM, listening: Listening
+) -> None:
+    """All logits are equal, so that what is drawn is the noise: 300 tokens, so equal places are rare."""
+    model.head.weight.data.zero_()
+    model.head.bias.data.zero_()
+    config = GenerateConfig(samples=4, max_tokens=40, stop_at_eos=False, temperature=1.0)
+    rows, _ = generated(model, listening, ["anna"] * 4, config)
+
+    for owner, tokens in rows.items():
+        assert len(set(tokens)) > 25, f"{owner}: other noise at every place"
+        for other in rows:
+            if other != owner:
+                same = sum(a == b for a, b in zip(tokens, rows[other], strict=True))
+                assert same < 8, f"{owner} and {other}, as (0, 1) and (1, 0) would by the sum of both"
+
+
+def test_noise_depends_on_place_row_and_seed_alone() -> None:
+    logits, rows = torch.zeros(64, 1000), torch.arange(64)
+    drawn = {
+        (place, seed): draw(logits, GenerateConfig(seed=seed), torch.tensor(place), rows)
+        for place, seed in product((0, 1, 2), (0, 1))
+    }
+    for one, other in product(drawn, drawn):
+        assert ((drawn[one] == drawn[other]).sum() < 8) == (one != other)
+    some = torch.tensor([5, 63, 0])
+    assert torch.equal(draw(logits[:3], GenerateConfig(), torch.tensor(1), some), drawn[1, 0][some])
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.51, 3), (0.75, 3), (0.76, 4)])
+def test_top_p_that_probabilities_meet_exactly_takes_no_token_more(top_p: float, kept: int) -> None:
+    """Four tokens of 1/4, exact in binary: the fewest whose probabilities together are at least p."""
+    found = restrict(torch.zeros(1, 4, dtype=torch.float64), 0, top_p)
+    assert found[0].isfinite().tolist() == [place < kept for place in range(4)]
+
+
+def test_restrictions_take_nothing_away_where_they_are_off_or_wide() -> None:
+    logits = torch.tensor([[0.3, -2.0, 1.0], [0.0, 5.0, -5.0]], dtype=torch.float64)
+    for top_k, top_p in ((0, 1.0), (3, 1.0), (4, 1.0), (0, 1 - 1e-12)):
+        assert torch.equal(restrict(logits, top_k, top_p), logits), (top_k, top_p)
+    assert restrict(logits, 2, 1.0).isinf().nonzero().tolist() == [[0, 1], [1, 2]]
+    assert restrict(logits, 1, 0.5).isfinite().nonzero().tolist() == [[0, 2], [1, 1]]
+    assert restrict(logits, 2, 0.0).isfinite().nonzero().tolist() == [[0, 2], [1, 1]]
