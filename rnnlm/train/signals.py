@@ -91,7 +91,7 @@ def command_of(process: int) -> list[str]:
 
 
 def is_launcher(command: Sequence[str]) -> bool:
-    """Whether a command line is that of `accelerate launch` or torchrun, by its program alone: arguments say nothing."""
+    """Whether a command line is that of `accelerate launch` or torchrun: by its program, not by its arguments."""
     program, *arguments = command
     if not Path(program).name.startswith("python"):
         return Path(program).name in LAUNCHERS
