@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from traceback import clear_frames
@@ -37,6 +37,7 @@ __all__ = [
     "all_gather_object",
     "errors_are_shared",
     "errors_may_be_local",
+    "fill_on_main",
     "launched",
     "run_on_main",
 ]
@@ -195,6 +196,25 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
             raise kind(text)
     result: T = box[0]
     return result
+
+
+def fill_on_main(accelerator: Accelerator, tensors: Mapping[str, Tensor], fill: Callable[[], None]) -> None:
+    """Fill tensors in the main process, and send what is in them to all others, which have the same names and shapes.
+
+    One process reads a checkpoint from a disk that all share; what it read goes the way of gradients.
+
+    Raises:
+        UserError: the main process's, in all of them.
+    """
+    run_on_main(accelerator, fill)
+    if accelerator.num_processes == 1:
+        return
+    for tensor in tensors.values():
+        sent = tensor.detach().to(accelerator.device).contiguous()  # itself, where it is so already
+        if sent.numel():
+            dist.broadcast(sent.reshape(-1).view(torch.uint8), 0)  # bytes: every dtype, every backend
+        if sent.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(sent)
 
 
 def all_gather_object(value: Any) -> list[Any]:

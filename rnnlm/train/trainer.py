@@ -18,7 +18,15 @@ from rnnlm.config import Config, as_list
 from rnnlm.data.substreams import Batch, ContinuityCheck, SubstreamDataset, loader
 from rnnlm.model.evaluate import exp
 from rnnlm.model.generate import continuations
-from rnnlm.train.distributed import Accelerator, AnyRank, all_gather_object, errors_may_be_local, launched, run_on_main
+from rnnlm.train.distributed import (
+    Accelerator,
+    AnyRank,
+    all_gather_object,
+    errors_are_shared,
+    errors_may_be_local,
+    launched,
+    run_on_main,
+)
 from rnnlm.train.evaluation import evaluate_on_all_ranks
 from rnnlm.train.identity import versions
 from rnnlm.train.inputs import Streams, open_streams
@@ -59,7 +67,8 @@ class Trainer:
         self.step = state.step if state else 0  # updates done, and so the data position
         self.horizon = state.horizon_steps if state else config.optim.horizon_steps or self.total_steps
         self.memory = ValidationMemory(**state.memory.model_dump()) if state else ValidationMemory()
-        self.train_step = TrainStep(config, streams.train.manifest.vocab_size, accelerator, run.first, run.last)
+        vocab_size, begins = streams.train.manifest.vocab_size, state is None
+        self.train_step = TrainStep(config, vocab_size, accelerator, run.first, run.last, initialise=begins)
         self.continuity = ContinuityCheck(streams.train, run.ring, run.first, run.last, self.step)
         self._restore()
         run_on_main(accelerator, lambda: record_attempt(config, run))
@@ -215,9 +224,10 @@ class Trainer:
         if state.versions != now and self.accelerator.is_main_process:
             print(f"warning: saved under {state.versions}, now {now}: bits may differ", file=sys.stderr)
 
-        with errors_may_be_local():
+        with errors_are_shared():
             ended = self.train_step.restore(found, state, self.run.same_substreams)
-            if ended is not None:
+        if ended is not None:
+            with errors_may_be_local():
                 self.continuity.resume_at(ended.numpy(), state.step, found.path)
 
     def _open_metrics(self) -> SilentMetrics:
