@@ -9,7 +9,6 @@ to differ in anything else needs another directory.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -30,11 +29,11 @@ from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
 from rnnlm.files import locked, sync, write_file
 from rnnlm.train.distributed import Accelerator, all_gather_object, errors_are_shared, errors_may_be_local, run_on_main
+from rnnlm.train.ending import MARKER
 from rnnlm.train.identity import check_alike, differing, fingerprint, identity, versions
 from rnnlm.train.inputs import Streams, open_ring, substreams_of
 from rnnlm.train.state import TrainerState, check_state
 
-MARKER = "preempted.json"  # in the run, while it waits to be started again
 LOCK_PATIENCE_SECONDS = 5.0  # an attempt that was killed a moment ago may not have ended yet
 # what a start that was killed leaves before there is a configuration, and what schedulers write into a new directory
 EARLY = re.compile(r"\..*|holder|lock|.*\.(lock|partial|log|out|err)")
@@ -237,11 +236,5 @@ def record_of(config: Config, stream: TokenStream, ring: Ring, device: torch.dev
         "vocab_size": stream.manifest.vocab_size,
         "origin": asdict(ring.origin),
         "configuration": identity(config),
-        "versions": versions(device),
+        "versions": versions(config, device),
     }
-
-
-def mark_preempted(directory: Path, signal_name: str, step: int, saved_step: int) -> None:
-    """Leave the marker by which scripts know that the run is to be started again."""
-    text = json.dumps({"signal": signal_name, "step": step, "saved_step": saved_step})
-    write_file(directory / MARKER, text.encode(), alone=True)
