@@ -51,8 +51,8 @@ def rename(path: Path, target: Path) -> None:
 def link(path: Path, target: Path) -> bool:
     """Give a file a second name, which is on disk after `sync` of its directory; False where it cannot be had."""
     try:
-        os.link(path, target, follow_symlinks=False)
-    except (OSError, NotImplementedError):  # a file system without such links, or too many of them
+        os.link(path, target)
+    except OSError:  # a file system without such links, or too many of them
         return False
     return True
 

@@ -97,7 +97,7 @@ def is_launcher(command: Sequence[str]) -> bool:
         return Path(program).name in LAUNCHERS
 
     # python [options] script, python [options] -m module
-    while arguments and arguments[0].startswith("-") and not arguments[0].startswith("-m"):
+    while arguments and arguments[0].startswith("-") and not arguments[0].startswith(("-m", "-c")):
         takes_value = arguments[0] in ("-W", "-X", "--check-hash-based-pycs")
         del arguments[: 1 + takes_value]
     if not arguments:

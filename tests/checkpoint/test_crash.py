@@ -81,6 +81,8 @@ class FileSystem:
         parent = self.node(path.parent)
         if kind == "write" and path.name in parent.names:
             parent.names[path.name].__init__(argument)
+        elif kind == "link":
+            self.node(argument.parent).change(**{argument.name: parent.names[path.name]})
         elif kind == "rename":
             assert argument.parent == path.parent
             parent.change(**{path.name: None, argument.name: parent.names[path.name]})
@@ -126,7 +128,7 @@ def watch(patch: pytest.MonkeyPatch, log: list[Operation]) -> None:
         def call(path: Any, *arguments: Any, **options: Any) -> Any:
             shown = Path(f"/proc/self/fd/{path}").readlink() if isinstance(path, int) else Path(path)
             result = honest(path, *arguments, **options)
-            log.append((kind, shown, Path(arguments[0]) if kind == "rename" else None))
+            log.append((kind, shown, Path(arguments[0]) if kind in ("rename", "link") else None))
             return result
 
         patch.setattr(os, name, call)
@@ -142,7 +144,14 @@ def watch(patch: pytest.MonkeyPatch, log: list[Operation]) -> None:
 
         honest_write(path, logged_fill)
 
-    kinds = {"fsync": "sync", "rename": "rename", "unlink": "remove", "rmdir": "remove", "mkdir": "make"}
+    kinds = {
+        "fsync": "sync",
+        "rename": "rename",
+        "link": "link",
+        "unlink": "remove",
+        "rmdir": "remove",
+        "mkdir": "make",
+    }
     for name, kind in kinds.items():
         logged(name, kind)
     patch.setattr(files, "write", write)
@@ -151,9 +160,9 @@ def watch(patch: pytest.MonkeyPatch, log: list[Operation]) -> None:
 Save = tuple[str, int, float]  # prefix, step, the value of all its numbers
 
 
-def write(root: Path, prefix: str, step: int, value: float) -> Path:
+def write(root: Path, prefix: str, step: int, value: float, same: Path | None = None) -> Path:
     groups = {group: {"w": torch.full((2, 3), value)} for group in ("model", "optimizer", "hidden")}
-    return save(root, f"{prefix}-{step:08d}", groups, {"step": step, "value": value})
+    return save(root, f"{prefix}-{step:08d}", groups, {"step": step, "value": value}, same)
 
 
 class Known:
@@ -174,10 +183,14 @@ class Known:
 
 
 def saves_of_a_run(root: Path) -> Iterator[tuple[str, Save]]:
-    """Saves with pruning, each yielded as ("begun" or "done", what); in between a damaged one is renamed."""
+    """Saves with pruning, each yielded as ("begun" or "done", what); in between a damaged one is renamed.
+
+    What was just saved under another name shares its files.
+    """
+    before: tuple[Path, int, float] | None = None
     for prefix, step, value in (
         ("step", 10, 1.0), ("best", 10, 2.0), ("step", 20, 3.0), ("step", 30, 4.0), ("step", 30, 5.0),
-        ("best", 30, 6.0), ("step", 40, 7.0), ("step", 50, 8.0), ("rename", 50, 0.0), ("step", 50, 9.0),
+        ("best", 30, 5.0), ("step", 40, 7.0), ("step", 50, 8.0), ("rename", 50, 0.0), ("step", 50, 9.0),
         ("best", 30, 10.0), ("step", 60, 11.0),
     ):  # fmt: skip
         yield "begun", (prefix, step, value)
@@ -190,7 +203,11 @@ def saves_of_a_run(root: Path) -> Iterator[tuple[str, Save]]:
             rename_damaged(root, "step", good)
 
         else:
-            written = write(root, prefix, step, value)
+            same = before[0] if before and before[1:] == (step, value) else None
+            written = write(root, prefix, step, value, same)
+            if same:
+                assert (written / "model.safetensors").samefile(same / "model.safetensors")
+            before = written, step, value
             yield "done", (prefix, step, value)
             prune(written, prefix, 2 if prefix == "step" else 1, keep_every_steps=30 if prefix == "step" else 0)
 
