@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import FAULTY, RunHere, RunScript, TrainHere, Uninterrupted
 from torch import nn
 
@@ -56,6 +57,13 @@ def unwritten_memory_is_nan(trained: Path) -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
+@pytest.fixture
+def alone() -> Iterator[Accelerator]:
+    """One process on a CPU."""
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def config_of(run: Path) -> Config:
     sections = load_yaml(run / "config.yaml")
     return Config(
@@ -77,19 +85,36 @@ def test_a_model_that_is_loaded_is_the_checkpoints_to_the_last_number(
 
 
 def test_all_that_a_step_changes_is_the_checkpoints(
-    trained: Path, nothing_is_initialised: None, unwritten_memory_is_nan: None
+    trained: Path, alone: Accelerator, nothing_is_initialised: None, unwritten_memory_is_nan: None
 ) -> None:
     """On resuming; the run's own tests compare bits of what is trained from there."""
     found, _ = find_newest(trained / "checkpoints", "step")
     assert found
     state = check_state(found.state, found.path)
-    step = TrainStep(config_of(trained), state.vocab_size, Accelerator(cpu=True), 0, 16, initialise=False)
+    step = TrainStep(config_of(trained), state.vocab_size, alone, 0, 16, initialise=False)
     step.restore(found, state, same_substreams=True)
     for group, tensors in step.tensors().items():
         saved = found.tensors(group)
         assert {*saved} - {"ended"} == {*tensors}
         for name, tensor in tensors.items():
             assert torch.equal(tensor, saved[name]), name
+
+
+def test_what_all_processes_have_together_is_taken_over_by_one(
+    trained: Path, alone: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums over all processes would else come out as many times too large as there are processes."""
+    found, _ = find_newest(trained / "checkpoints", "step")
+    assert found
+    health = {**found.state["health"], "resets": 5}
+    state = check_state({**found.state, "interval": [7, 8, 0], "health": health}, found.path)
+    for is_main, sums, resets in ((True, [7, 8, 0], 5), (False, [0, 0, 0], 0)):
+        step = TrainStep(config_of(trained), state.vocab_size, alone, 0, 16)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(alone), "is_main_process", is_main)
+            step.restore(found, state, same_substreams=False)
+        assert step.interval.sums.tolist() == sums and int(step.guard.resets) == resets
+        assert step.guard.counts.tolist() == state.health.counts, "which each process has alike"
 
 
 def test_a_resumed_run_initialises_nothing(
