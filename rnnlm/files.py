@@ -48,6 +48,15 @@ def rename(path: Path, target: Path) -> None:
     path.rename(target)
 
 
+def link(path: Path, target: Path) -> bool:
+    """Give a file a second name, which is on disk after `sync` of its directory; False where it cannot be had."""
+    try:
+        os.link(path, target)
+    except OSError:  # a file system without such links, or too many of them
+        return False
+    return True
+
+
 def unlink(path: Path) -> None:
     """Remove a file or a link."""
     path.unlink()

@@ -23,8 +23,8 @@ from rnnlm.data.substreams import SubstreamDataset
 from rnnlm.data.token_table import table_alone
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.model.language_model import RecurrentLM
+from rnnlm.train.ending import mark_preempted
 from rnnlm.train.load import load_model
-from rnnlm.train.run import mark_preempted
 from rnnlm.yaml_file import load_yaml
 
 TEXT = (ROOT / "docs/formats.md").read_text(encoding="utf-8")

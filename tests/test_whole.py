@@ -151,7 +151,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     ),
     "no stream": (
         lambda given: (TRAIN, "--stream.directory=no", "--run.directory=run"),
-        r"no/train/stream.json: No such file or directory; build the stream with tools/build_stream.py",
+        r"stream.directory=no: is not there \(seen from .*\); give the place of the streams with --stream.directory",
     ),
     "other tokenizer": (
         lambda given: (TRAIN, f"--config={given.experiment}", f"--stream.directory={given.mixed_streams()}"),

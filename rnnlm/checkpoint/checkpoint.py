@@ -11,6 +11,9 @@ Everything is written under `<name>.partial`, synced, then renamed. One of the s
 loaded is compared with the manifest in the same pass that reads it; no pickle anywhere. A damaged checkpoint is
 renamed to `damaged-<name>` and the one before it is used. The files are not trusted: no link is followed, and
 sizes and shapes are checked before memory is taken. The price: every byte saved is read back once.
+
+Two checkpoints of one step share the files that both have, as one file with two names where the disk can do that:
+nothing is ever written in place, and to delete one of the names leaves the other. What damages the file damages both.
 """
 
 from __future__ import annotations
@@ -62,12 +65,15 @@ class Checkpoint:
         return int(manifest.entry_of(self.path, name, manifest.read_manifest(self.path))["size"])
 
 
-def save(root: Path, name: str, groups: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
+def save(
+    root: Path, name: str, groups: Mapping[str, Tensors], state: Mapping[str, Any], same: Path | None = None
+) -> Path:
     """Write the checkpoint root/name and return its path; one of that name is replaced.
 
     Args:
         groups: `model`, `optimizer`, `hidden` -> tensors, none of which share memory.
         state: what goes into trainer.json.
+        same: a checkpoint that was just written of the same tensors, or of some groups of them, to share files with.
 
     Raises:
         NonFiniteError: a tensor is not finite; nothing was written.
@@ -83,7 +89,7 @@ def save(root: Path, name: str, groups: Mapping[str, Tensors], state: Mapping[st
         files.remove_tree(partial)
         files.make_directory(partial)
 
-        _write_files(partial, groups, state)
+        _write_files(partial, groups, state, same)
         files.sync(partial)  # before its name can be found: else a power loss could keep the name and lose files
 
         if final.exists():  # of an earlier attempt of this run, which died after it and was resumed from an older one
@@ -115,12 +121,18 @@ def check_finite(groups: Mapping[str, Tensors]) -> None:
                 raise NonFiniteError(f"{group}: tensor {name} is not finite, so it is not saved")
 
 
-def _write_files(directory: Path, groups: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
-    """Write the files of a checkpoint, the manifest last."""
+def _write_files(
+    directory: Path, groups: Mapping[str, Tensors], state: Mapping[str, Any], same: Path | None = None
+) -> None:
+    """Write the files of a checkpoint, the manifest last; what `same` has as well becomes another name of its files."""
     assert {*groups} <= {*manifest.GROUPS}, "a reader would refuse them"
+    written = manifest.read_manifest(same) if same else {}
     entries = {}
     for group, tensors in groups.items():
         path = directory / f"{group}.safetensors"
+        if same and path.name in written and files.link(same / path.name, path):
+            entries[path.name] = written[path.name]
+            continue
         files.write(path, safetensors_file.write, tensors)
         size, sha256 = safetensors_file.checksum(path, tensors)
         entries[path.name] = {"size": size, "sha256": sha256}

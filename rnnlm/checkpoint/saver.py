@@ -3,6 +3,10 @@
 One save is in flight at most: the next one waits for it, so host memory holds one copy. The result of a save, a full
 disk as well, is returned later as a value, for whoever trains to report and continue; only a mistake in the program is
 raised. The writer is a thread per save and no daemon: Python waits for it at exit, and a save once begun is whole.
+
+The copy is in ordinary memory. PyTorch keeps pinned memory for the life of a process, and rounds each tensor of it up
+to a power of two (CachingHostAllocator), so that a model of 1.1 GB would hold 2 GB of a machine for ever. The price: a
+GPU fills ordinary memory at some GB a second, pinned memory that is there already several times as fast.
 """
 
 from __future__ import annotations
@@ -35,22 +39,19 @@ class Saved:
 
 
 def host_copy(groups: Mapping[str, Tensors]) -> dict[str, dict[str, Tensor]]:
-    """Copies of the tensors in host memory: what happens to theirs from now on does not matter.
-
-    From CUDA into pinned memory, all at once, then one wait for the device.
-    """
-    copies = {group: {name: _copy(tensor.detach()) for name, tensor in each.items()} for group, each in groups.items()}
-    for device in {tensor.device for each in groups.values() for tensor in each.values() if tensor.is_cuda}:
-        torch.cuda.synchronize(device)
-    return copies
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """A contiguous copy in host memory, from CUDA not before the device has been waited for."""
-    if not tensor.is_cuda:
-        return tensor.clone(memory_format=torch.contiguous_format)
+    """Contiguous copies of the tensors in host memory: what happens to theirs from now on does not matter."""
     # not empty_like, which would keep strides that a checkpoint does not
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    return {
+        group: {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()) for name, tensor in each.items()
+        }
+        for group, each in groups.items()
+    }
+
+
+def groups_of(name: str, groups: Mapping[str, Tensors]) -> dict[str, Tensors]:
+    """What a checkpoint of this name holds: the best one, which is scored and written with, the model alone."""
+    return {group: each for group, each in groups.items() if group == "model" or not name.startswith("best-")}
 
 
 class Saver:
@@ -79,14 +80,18 @@ class Saver:
         """
         begin = time.perf_counter()
         finished = self.wait()
-        copies = host_copy(groups)
+        wanted = {group for name in names for group in groups_of(name, groups)}
+        copies = host_copy({group: each for group, each in groups.items() if group in wanted})
         blocked = time.perf_counter() - begin
 
         def write() -> None:
+            same: Path | None = None  # one of these names that is written already
             try:
                 # what a run resumes from comes last: after a kill before it, the others are written again
                 for name in sorted(names, key=lambda name: name.startswith("step-")):
-                    self._finished.append(self._save(name, copies, state, blocked))
+                    saved = self._save(name, groups_of(name, copies), state, blocked, same)
+                    self._finished.append(saved)
+                    same = same if saved.error else saved.path
             except BaseException as mistake:  # for the caller's thread to raise
                 self._mistake = mistake
 
@@ -117,15 +122,17 @@ class Saver:
         finished, self._finished = self._finished, []
         return finished
 
-    def _save(self, name: str, groups: Mapping[str, Tensors], state: Mapping[str, Any], blocked: float) -> Saved:
-        """Write one checkpoint, and prune those of its prefix."""
+    def _save(
+        self, name: str, groups: Mapping[str, Tensors], state: Mapping[str, Any], blocked: float, same: Path | None
+    ) -> Saved:
+        """Write one checkpoint, and prune those of its prefix; the arguments as in `submit` and checkpoint.save."""
         begin, size, prefix = time.perf_counter(), 0, name.rpartition("-")[0]
         kept = (self.keep_last, self.keep_every_steps) if prefix == "step" else (1, 0)
 
         path: Path | None = None
         error: OSError | UserError | None = None
         try:
-            path = checkpoint.save(self.root, name, groups, state)
+            path = checkpoint.save(self.root, name, groups, state, same)
             size = sum(file.stat().st_size for file in path.iterdir())
             checkpoint.prune(path, prefix, *kept)
         except UserError as found:  # not finite, or not what was written when it was read back

@@ -43,7 +43,7 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def initialise(self, config: ModelConfig, generator: Callable[[str], torch.Generator]) -> None:
-        """Fill the weights that are its own; `generator(name)` is the source of randomness of that name."""
+        """Fill the parameters that are its own, as a layer does; `generator(name)` is the randomness of that name."""
 
 
 HeadFactory = Callable[[ModelConfig, int, nn.Embedding, int], Head]

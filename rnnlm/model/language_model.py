@@ -27,17 +27,22 @@ class RecurrentLM(nn.Module):
     Args:
         seed: of the initial weights and of the dropout masks.
         loss_chunk_tokens: tokens whose logits are in memory at once.
+        initialise: fill the weights; False where those of a checkpoint come into all of them, since an orthogonal
+            matrix of 8,192 x 2,048 alone takes seconds.
 
     Raises:
         UserError: sizes that are left to the size of a text.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, seed: int, loss_chunk_tokens: int = 512):
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, seed: int, loss_chunk_tokens: int = 512, initialise: bool = True
+    ):
         super().__init__()
         if not (config.hidden_size and config.embedding_size):
             raise UserError("model.hidden_size, model.embedding_size: 0 has a meaning only in a run; give numbers")
         self.config, self.vocab_size, self.seed = config, vocab_size, seed
-        self.embedding = nn.Embedding(vocab_size, config.embedding_size)
+        vectors = torch.empty(vocab_size, config.embedding_size)  # not by nn.Embedding, which would fill them
+        self.embedding = nn.Embedding(vocab_size, config.embedding_size, _weight=vectors)
 
         layers, width = list[Layer](), config.embedding_size
         for _ in range(config.layers):
@@ -47,7 +52,8 @@ class RecurrentLM(nn.Module):
 
         self.head = build_head(config, width, self.embedding, loss_chunk_tokens)
         self.ran_in: dict[str, str] = {}  # the dtype that each part really trained in, last time
-        self._initialise()
+        if initialise:
+            self._initialise()
 
     def _initialise(self) -> None:
         """Token vectors uniform in +-init_range (Zaremba et al. 2014); layers and head as they say themselves."""

@@ -108,7 +108,10 @@ class Layer(nn.Module, ABC):
 
     @abstractmethod
     def initialise(self, config: ModelConfig, generator: Callable[[str], torch.Generator]) -> None:
-        """Fill the weights; `generator(name)` is the source of randomness of the parameter of that name."""
+        """Fill the parameters, and nothing else: not called where those of a checkpoint follow.
+
+        `generator(name)` is the source of randomness of the parameter of that name.
+        """
 
 
 LayerFactory = Callable[[ModelConfig, int], Layer]

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from rnnlm.model.evaluate import exp
+from rnnlm.train.trackers import read_lines
 
 COLOURS = ("#2a78d6", "#eb6834")  # training, validation
 INK, MUTED, GRID, SURFACE = "#0b0b0b", "#52514e", "#e1e0d9", "#fcfcfb"
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a line cut short by a kill is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from traceback import clear_frames
@@ -36,11 +37,13 @@ __all__ = [
     "all_gather_object",
     "errors_are_shared",
     "errors_may_be_local",
+    "fill_on_main",
     "launched",
     "run_on_main",
 ]
 
 T = TypeVar("T")
+OTHER_ENGINES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
 
 
@@ -101,6 +104,7 @@ def start_accelerator(config: Config) -> Accelerator:
     accelerator = Accelerator(
         cpu=not cuda,
         mixed_precision=PRECISIONS[config.train.precision],
+        dynamo_backend="no",
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             # twice the watchdog's time, which reports more
@@ -129,8 +133,24 @@ def _uses_cuda(config: Config) -> bool:
 
 
 def _check_launcher() -> None:
-    """Accelerate's MULTI_CPU starts one process where several were asked for, unless there is mpirun."""
+    """Check what `accelerate launch` says in the environment, which Accelerate would obey.
+
+    Raises:
+        UserError: MULTI_CPU, which starts one process where several were asked for, unless there is mpirun; or another
+            way of sharing a model out than DDP.
+    """
     environment = os.environ
+    for name in OTHER_ENGINES:
+        if environment.get(name, "false").lower() == "true":
+            raise UserError(
+                f"{name}=true: accelerate was configured for another engine than DDP, which alone trains here; "
+                "launch with a file of launch/, as in accelerate launch --config_file launch/one_node.yaml"
+            )
+
+    backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no" and environment.get("RANK", "0") == "0":
+        print(f"warning: ACCELERATE_DYNAMO_BACKEND={backend} is not used: nothing is compiled here", file=sys.stderr)
+
     if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
         raise UserError(
             "accelerate launch was asked for several processes but started one; "
@@ -152,6 +172,8 @@ def set_arithmetic(config: Config, cuda: bool) -> None:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # cuBLAS and cuDNN's recurrent layers ask for it
         torch.use_deterministic_algorithms(True)
+        # else it would also fill all memory that is about to be written anyway
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
@@ -174,6 +196,25 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
             raise kind(text)
     result: T = box[0]
     return result
+
+
+def fill_on_main(accelerator: Accelerator, tensors: Mapping[str, Tensor], fill: Callable[[], None]) -> None:
+    """Fill tensors in the main process, and send what is in them to all others, which have the same names and shapes.
+
+    One process reads a checkpoint from a disk that all share; what it read goes the way of gradients.
+
+    Raises:
+        UserError: the main process's, in all of them.
+    """
+    run_on_main(accelerator, fill)
+    if accelerator.num_processes == 1:
+        return
+    for tensor in tensors.values():
+        sent = tensor.detach().to(accelerator.device).contiguous()  # itself, where it is so already
+        if sent.numel():
+            dist.broadcast(sent.reshape(-1).view(torch.uint8), 0)  # bytes: every dtype, every backend
+        if sent.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(sent)
 
 
 def all_gather_object(value: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from rnnlm.errors import UserError
 from rnnlm.model.evaluate import Evaluation, evaluate
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.train.distributed import Accelerator, Heartbeat, errors_are_shared, launched, run_on_main
+from rnnlm.train.inputs import stream_directory
 from rnnlm.train.load import choose, load_model
 
 
@@ -25,7 +26,7 @@ def evaluate_run(config: Config) -> Evaluation:
     Raises:
         UserError: no run, no stream, or a stream of another tokenizer.
     """
-    stream = TokenStream(Path(config.stream.directory) / config.eval.split)
+    stream = TokenStream(stream_directory(config) / config.eval.split)
     own = find(config.run.directory)  # not there after training on a stream without one
     if stream.manifest.tokenizer != (Tokenizer.load(own).digest if own.exists() else ""):
         way_out = f"build or adopt it with {own}" if own.exists() else f"there is no {own}: adopt it without one"

@@ -7,12 +7,15 @@ threads may: their digests and versions are recorded, since the last bits depend
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import rnnlm
 from rnnlm.config import TRAINING_SECTIONS, Config, knobs
@@ -40,10 +43,45 @@ def differing(config: Config, recorded: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
-def versions(device: torch.device) -> dict[str, str]:
+def versions(config: Config, device: torch.device) -> dict[str, str]:
     """What the bits of a result may depend on besides the configuration."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
-    return {"rnnlm": rnnlm.__version__, "torch": torch.__version__, "machine": platform.machine(), "device": name}
+    return {
+        "rnnlm": rnnlm.__version__,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "device": name,
+        "gradient_sums": gradient_sums(config),
+    }
+
+
+def gradient_sums(config: Config) -> str:
+    """How gradients are summed over processes: NCCL takes another order on other machines, or by another algorithm.
+
+    With train.exact_slices there is one order, on any of them.
+    """
+    if config.train.exact_slices:
+        return "in one order"
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if processes == 1:
+        return "one process"
+
+    library = str(dist.get_backend())
+    if library == "nccl":
+        version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        settings = [f"{name}={os.environ[name]}" for name in ("NCCL_ALGO", "NCCL_PROTO") if name in os.environ]
+        library = " ".join([library, version, *settings])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return f"{library}, {processes // here} machine(s) with {here} process(es) each"
+
+
+def other_versions(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What differs from a record, as `torch was 2.11.0, is 2.12.0`; what an older record does not name does not."""
+    return [
+        f"{name} was {recorded[name]}, is {now[name]}"
+        for name in now
+        if name in recorded and recorded[name] != now[name]
+    ]
 
 
 def fingerprint(config: Config, streams: Streams) -> dict[str, str]:

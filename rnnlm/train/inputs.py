@@ -23,6 +23,22 @@ class Streams:
     valid: TokenStream | None
 
 
+def stream_directory(config: Config) -> Path:
+    """stream.directory, which is there.
+
+    Raises:
+        UserError: it is not, as where streams were moved since the run recorded their place.
+    """
+    directory = Path(config.stream.directory)
+    if not directory.is_dir():
+        here = "" if directory.is_absolute() else f" (seen from {Path.cwd()})"
+        raise UserError(
+            f"stream.directory={directory}: is not there{here}; give the place of the streams with --stream.directory, "
+            "or build them with tools/build_stream.py"
+        )
+    return directory
+
+
 def open_streams(config: Config) -> Streams:
     """The streams of stream.directory.
 
@@ -33,8 +49,8 @@ def open_streams(config: Config) -> Streams:
         if not value:
             raise UserError(f"{key} is not set; give it on the command line or in the file of --config")
 
-    train = TokenStream(Path(config.stream.directory) / "train")
-    place = Path(config.stream.directory) / config.eval.split
+    directory = stream_directory(config)
+    train, place = TokenStream(directory / "train"), directory / config.eval.split
     valid = TokenStream(place) if place.exists() else None
     needed = config.optim.schedule == "plateau" or config.optim.early_stop_patience or config.eval.split != "valid"
     if valid is None and needed:

@@ -22,16 +22,19 @@ def choose(config: Config) -> Path:
         CheckpointError: no whole checkpoint in the run.
     """
     root = Path(config.run.directory) / "checkpoints"
+    refused: CheckpointError | None = None
     if config.run.checkpoint == "best":
         try:
             if (best := find_newest(root, "best")[0]) is not None:
                 return best.path
         except CheckpointError as error:
-            print(f"warning: {error}; reading the last checkpoint instead", file=sys.stderr, flush=True)
+            refused = error
 
     last, _ = find_newest(root, "step")
     if last is None:
-        raise CheckpointError(f"{root}: no checkpoint yet; train first, or wait for run.save_every_steps")
+        raise refused or CheckpointError(f"{root}: no checkpoint yet; train first, or wait for run.save_every_steps")
+    if refused:
+        print(f"warning: {refused}; reading {last.path} instead", file=sys.stderr, flush=True)
     return last.path
 
 
@@ -52,7 +55,7 @@ def load_model(config: Config, path: Path, device: torch.device) -> tuple[Recurr
     if vocab_size * config.model.embedding_size > found.bytes("model"):
         raise CheckpointError(f"{path}: a vocabulary of {vocab_size} in a smaller model; give the run its own again")
 
-    model = RecurrentLM(config.model, vocab_size, config.train.seed, config.train.loss_chunk_tokens)
-    parameters = dict(model.named_parameters())
+    model = RecurrentLM(config.model, vocab_size, config.train.seed, config.train.loss_chunk_tokens, initialise=False)
+    parameters = dict(model.named_parameters())  # all of them are in the checkpoint, or it is refused
     copy_tensors(parameters, found.tensors("model", parameters), path)
     return model.to(device), tokenizer, found

@@ -1,9 +1,9 @@
 """What a run reports: metrics.jsonl is the truth; console, curves and trackers are views of it.
 
-One JSON object a line, each with `kind`: "start" (every start of the run: processes, substreams of each, devices,
-precisions, versions), "train" (one per interval) and "valid" (one per evaluation). When a run goes back to an older
-checkpoint, the lines of the steps that it will repeat are dropped first. The price: the file is read once at each
-start.
+One JSON object a line, each with its `time` and a `kind`: "start" (every start of the run: processes, substreams of
+each, devices, precisions, versions), "train" (one per interval) and "valid" (one per evaluation). When a run goes back
+to an older checkpoint, the lines of the steps that it will repeat are dropped first. The price: the file is read once
+at each start.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from tqdm import tqdm
 from rnnlm import files
 from rnnlm.config import RunConfig
 from rnnlm.files import write_file
-from rnnlm.train.curves import draw_curves, read_lines
-from rnnlm.train.trackers import Trackers
+from rnnlm.train.curves import draw_curves
+from rnnlm.train.trackers import LOGGED, Trackers, read_lines
 
 
 class SilentMetrics:
@@ -35,6 +36,9 @@ class SilentMetrics:
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and of the console."""
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar, where there is a terminal, to so many steps done."""
 
     def print_line(self, text: str) -> None:
         """A line for the person at the console."""
@@ -58,32 +62,35 @@ class Metrics(SilentMetrics):
     Args:
         directory: the run.
         step: where training starts; later lines and samples are of an attempt that ended, and are dropped.
-        total_steps: for the progress bar.
+        total_steps: at the end of the run.
     """
 
     def __init__(self, directory: Path, config: RunConfig, step: int, total_steps: int):
         self.path, self.samples = directory / "metrics.jsonl", directory / "samples.md"
-        self.directory = directory
-        keep_lines(self.path, step)
+        self.directory, self.step, self.total_steps = directory, step, total_steps
+        lines = keep_lines(self.path, step)
         keep_samples(self.samples, step)
         files.sync(directory)  # else a power loss could bring the file of before back, without this attempt's lines
 
         self._file = self.path.open("a", encoding="utf-8")
-        self._drawn = time.monotonic()
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True) if terminal else None
-        self._trackers = Trackers(directory, config, step, self.print_line)
+        self._started = self._drawn = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=1.0)
+        self._trackers = Trackers(directory, config, step, lines, self.print_line)
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         """A number that is not finite is written as null."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+        line = {"kind": kind, "time": now, **finite}
         with self._warned("metrics.jsonl"):
-            self._file.write(json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
 
         self._show(kind, record)
-        if kind != "start":
-            self._trackers.each(lambda tracker: tracker.log(kind, record))
+        if kind in LOGGED:
+            self._trackers.each(lambda tracker: tracker.log(kind, line))
 
     @contextmanager
     def _warned(self, name: str) -> Iterator[None]:
@@ -108,6 +115,11 @@ class Metrics(SilentMetrics):
             self._trackers.each(lambda tracker: tracker.picture(picture))
         self._drawn = time.monotonic()
 
+    def advance(self, step: int) -> None:
+        """The bar is drawn once a second at most."""
+        if self._bar:
+            self._bar.update(step - self._bar.n)
+
     def print_line(self, text: str) -> None:
         """Beside the progress bar, if there is one."""
         with suppress(BrokenPipeError):  # nobody reads it any more
@@ -127,13 +139,18 @@ class Metrics(SilentMetrics):
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f} ppl {record['ppl']:.1f}"
         if self._bar:
             self._bar.set_postfix_str(f"loss {loss}, {record['tokens_per_second']:,.0f} tok/s", refresh=False)
-            self._bar.update(record["step"] - self._bar.n)
             return
         self.print_line(
-            f"step {record['step']} epoch {record['epoch']} loss {loss} lr {record['learning_rate']:.2e} "
-            f"grad {record['gradient_norm']:.3f} {record['tokens_per_second']:,.0f} tok/s "
-            f"waiting {record['data_wait_share']:.1%}"
+            f"step {record['step']} of {self.total_steps} epoch {record['epoch']} loss {loss} "
+            f"lr {record['learning_rate']:.2e} grad {record['gradient_norm']:.3f} "
+            f"{record['tokens_per_second']:,.0f} tok/s "
+            f"waiting {record['data_wait_share']:.1%} {self._time_left(record['step'])} left"
         )
+
+    def _time_left(self, step: int) -> str:
+        """Hours, minutes and seconds to the last step, at the pace of this attempt, as 1:02:03."""
+        seconds_per_step = (time.monotonic() - self._started) / max(1, step - self.step)
+        return str(timedelta(seconds=round(seconds_per_step * (self.total_steps - step))))
 
     def sample(self, step: int, text: str) -> None:
         """A failing disk is a warning."""
@@ -151,10 +168,11 @@ class Metrics(SilentMetrics):
         self._trackers.each(lambda tracker: tracker.close(), "did not finish")
 
 
-def keep_lines(path: Path, step: int) -> None:
-    """Drop the records of steps after `step`; start records stay, they tell the run's history."""
+def keep_lines(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the records of steps after `step`; start records stay, they tell the run's history. Returns what is left."""
     kept = [r for r in read_lines(path) if r["kind"] == "start" or r["step"] <= step]
     write_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode(), alone=True)
+    return kept
 
 
 def keep_samples(path: Path, step: int) -> None:

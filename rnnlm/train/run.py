@@ -9,11 +9,11 @@ to differ in anything else needs another directory.
 
 from __future__ import annotations
 
-import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,18 @@ from rnnlm.data.ring import Origin, Ring
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
-from rnnlm.files import locked, write_file
+from rnnlm.files import locked, sync, write_file
 from rnnlm.train.distributed import Accelerator, all_gather_object, errors_are_shared, errors_may_be_local, run_on_main
+from rnnlm.train.ending import MARKER
 from rnnlm.train.identity import check_alike, differing, fingerprint, identity, versions
 from rnnlm.train.inputs import Streams, open_ring, substreams_of
 from rnnlm.train.sizes import disproportions, follow_text
 from rnnlm.train.state import TrainerState, check_state
 from rnnlm.yaml_file import dump_yaml, load_yaml
 
-MARKER = "preempted.json"  # in the run, while it waits to be started again
 LOCK_PATIENCE_SECONDS = 5.0  # an attempt that was killed a moment ago may not have ended yet
+# what a start that was killed leaves before there is a configuration, and what schedulers write into a new directory
+EARLY = re.compile(r"\..*|holder|lock|.*\.(lock|partial|log|out|err)")
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ def open_run(config: Config, accelerator: Accelerator, streams: Streams) -> Iter
     """Hold the run's directory in the main process, and find where this attempt begins; nothing is written yet.
 
     Raises:
-        UserError: processes that differ; substreams that cannot be shared out; a run of another configuration, stream
-            or tokenizer; a change that is not possible there.
+        UserError: processes that differ; substreams that cannot be shared out; a directory of something else; a run of
+            another configuration, stream or tokenizer; a change that is not possible there.
         RunError: another process holds the directory.
         CheckpointError: there are checkpoints, but none is whole.
     """
@@ -87,6 +89,7 @@ def open_run(config: Config, accelerator: Accelerator, streams: Streams) -> Iter
     with ExitStack() as stack:
 
         def hold() -> _Start:
+            check_place(directory)
             lock = locked(directory, directory / "holder", "run", patience_seconds=LOCK_PATIENCE_SECONDS)
             stack.enter_context(lock)
             return _examine(config, streams)
@@ -101,6 +104,37 @@ def open_run(config: Config, accelerator: Accelerator, streams: Streams) -> Iter
         same_substreams = "train.global_batch_size" not in start.changed
         read = (ring, first, last, found, state, same_substreams)
         yield Run(start.config, directory, tokenizer, *read, start.notes, start.damaged)
+
+
+def check_place(directory: Path) -> None:
+    """Check that a directory holds a run, or nothing that a run would write over.
+
+    Raises:
+        UserError: a file, or a directory of something else, as of a stream.
+    """
+    for path in (directory, *directory.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"run.directory={directory}: {path} is a file; choose another name")
+    if not directory.is_dir() or (directory / "checkpoints").is_dir():
+        return
+
+    has_stream = any((directory / name).exists() for name in ("stream.json", "train/stream.json", "valid/stream.json"))
+    if not has_stream and _is_configuration(directory / "config.yaml"):  # killed before its first checkpoint
+        return
+    if others := sorted(path.name for path in directory.iterdir() if not EARLY.fullmatch(path.name)):
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise UserError(
+            f"run.directory={directory}: holds no run, but {shown}; choose a directory that is empty or not there yet"
+        )
+
+
+def _is_configuration(path: Path) -> bool:
+    """Whether a file has sections of ours, and no others."""
+    try:
+        sections = load_yaml(path)
+    except UserError:
+        return False
+    return bool(sections) and {*sections} <= {each.name for each in fields(Config)}
 
 
 @dataclass(frozen=True)
@@ -162,10 +196,11 @@ def record_attempt(config: Config, run: Run) -> None:
         if not stacks.stat().st_size:
             stacks.unlink()
 
-    files = {run.tokenizer.file_name: run.tokenizer.model} if run.tokenizer else {}
-    files["config.yaml"] = dump_yaml(config, TRAINING_SECTIONS).encode()
-    for name, data in files.items():
-        write_file(run.directory / name, data, alone=True)
+    # the configuration first, and on disk: by it the next attempt knows the directory for a run's
+    write_file(run.directory / "config.yaml", dump_yaml(config, TRAINING_SECTIONS).encode(), alone=True)
+    sync(run.directory)
+    if run.tokenizer:
+        write_file(run.directory / run.tokenizer.file_name, run.tokenizer.model, alone=True)
 
 
 def _changed_fields(config: Config, directory: Path, state: TrainerState | None) -> tuple[str, ...]:
@@ -176,9 +211,9 @@ def _changed_fields(config: Config, directory: Path, state: TrainerState | None)
     """
     record = directory / "config.yaml"
     recorded = state.configuration if state else load_yaml(record) if record.exists() else {}
-    fields = differing(config, recorded)
-    changed = tuple(name for name in as_list(config.run.allow_change) if any(f.startswith(f"{name} ") for f in fields))
-    if refused := [field for field in fields if field.split(" ")[0] not in changed]:
+    found = differing(config, recorded)
+    changed = tuple(name for name in as_list(config.run.allow_change) if any(f.startswith(f"{name} ") for f in found))
+    if refused := [field for field in found if field.split(" ")[0] not in changed]:
         raise UserError(
             f"run.directory={directory}: holds a run of another configuration ({'; '.join(refused)}); choose another "
             "run.directory, or give these fields the values they have there (run.allow_change says which may change)"
@@ -205,7 +240,8 @@ def _origin(config: Config, state: TrainerState, stream: TokenStream, changed: t
     if not changed:
         return recorded
 
-    before = state.configuration["train"]
+    # a field that its version did not have yet has the value of now, as in `differing`
+    before = {**identity(config)["train"], **state.configuration["train"]}
     seed = before["seed"] if before["rotate"] else None
     ring = Ring(stream.tokens, before["global_batch_size"], before["seq_len"], seed, recorded)
     now = ring.origin_at(state.step)
@@ -226,11 +262,5 @@ def record_of(config: Config, stream: TokenStream, ring: Ring, device: torch.dev
         "vocab_size": stream.manifest.vocab_size,
         "origin": asdict(ring.origin),
         "configuration": identity(config),
-        "versions": versions(device),
+        "versions": versions(config, device),
     }
-
-
-def mark_preempted(directory: Path, signal_name: str, step: int, saved_step: int) -> None:
-    """Leave the marker by which scripts know that the run is to be started again."""
-    text = json.dumps({"signal": signal_name, "step": step, "saved_step": saved_step})
-    write_file(directory / MARKER, text.encode(), alone=True)

@@ -86,21 +86,25 @@ class Saving:
         """Report the saves that have ended since the last time; does not wait."""
         self._report(self.saver.poll())
 
-    def wait_for_disk(self, advice: str = "") -> None:
-        """Until the save before is written: all processes together, so that no watchdog takes the wait for a hang."""
-        begin, warned = time.perf_counter(), False
+    def wait_for_disk(self, message: str) -> None:
+        """Until nothing is being written: all processes together, so that no watchdog takes the wait for a hang.
+
+        Args:
+            message: what is printed if that takes a second or more.
+        """
+        begin, printed = time.perf_counter(), False
         while run_on_main(self.accelerator, lambda: self.saver.busy(patience_seconds=1.0)):
             self.watchdog.beat()
-            if not warned:
-                self.metrics.print_line(f"warning: waiting until the checkpoint before is written{advice}")
-                warned = True
+            if not printed:
+                self.metrics.print_line(message)
+                printed = True
             waited = time.perf_counter() - begin
             if self.accelerator.is_main_process and self.disk_patience and waited > self.disk_patience:
                 self._abort()
 
     def finish(self) -> None:
         """Wait for the last save, and report it; called by all processes."""
-        self.wait_for_disk()
+        self.wait_for_disk("waiting until the last checkpoint is written")
         self._report(self.saver.wait())
 
     def check(self, step: int) -> None:
@@ -132,7 +136,7 @@ class Saving:
                 self.metrics.print_line(f"warning: {saved.name}: older checkpoints are still there ({saved.error})")
             elif saved.error:
                 self.error = f"{saved.error}"
-                self.metrics.print_line(f"warning: step {int(step)}: no checkpoint ({saved.error}); training continues")
+                self.metrics.print_line(f"warning: step {int(step)}: no checkpoint ({saved.error}); older ones stay")
 
             grace = self.config.grace_seconds
             if saved.path and saved.seconds > grace:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
 
 from rnnlm.checkpoint.safetensors_file import CheckpointError
+from rnnlm.config import Config, knobs
 from rnnlm.train.guard import SPIKE_WINDOW
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -88,8 +89,32 @@ def check_state(state: Mapping[str, Any], path: Path) -> TrainerState:
         CheckpointError: naming the first key that is missing or of another type.
     """
     try:
-        return TrainerState.model_validate(state)
+        found = TrainerState.model_validate(state)
     except ValidationError as error:
         key = str(error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"][0])
         shown = repr(state[key])[:100] if key in state else "not there"
         raise CheckpointError(f"{path}/trainer.json: {key} is {shown}, which no trainer writes") from error
+
+    _check_configuration(found.configuration, path)
+    return found
+
+
+def _check_configuration(configuration: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Check types and bounds of the recorded fields; what only another version has is no knob here, and is not read.
+
+    Raises:
+        CheckpointError: naming the first with a value that no configuration can have.
+    """
+    known, sections = knobs(), Config()
+    for section, values in configuration.items():
+        types = get_type_hints(type(getattr(sections, section, None)))
+        for name, value in values.items():
+            if (key := f"{section}.{name}") not in known:
+                continue
+            try:
+                TypeAdapter(types[name]).validate_python(value, strict=True)
+                fault = known[key].fault(key, value)
+            except ValidationError:
+                fault = f"{key}={value!r}: of another type"
+            if fault:
+                raise CheckpointError(f"{path}/trainer.json: configuration: {fault[:200]}; no trainer writes that")

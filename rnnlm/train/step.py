@@ -20,7 +20,7 @@ from rnnlm.data.substreams import Batch
 from rnnlm.errors import UserError
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.model.layers import Hidden
-from rnnlm.train.distributed import Accelerator, errors_are_shared
+from rnnlm.train.distributed import Accelerator, errors_are_shared, fill_on_main
 from rnnlm.train.guard import Guard
 from rnnlm.train.interval_loss import IntervalLoss
 from rnnlm.train.optim import build_optimizer, optimizer_tensors, set_learning_rate, skip_next_step
@@ -29,11 +29,23 @@ from rnnlm.train.tree_sum import TreeSum
 
 
 class TrainStep:
-    """Parameters, optimizer and the hidden states of substreams first ... last - 1: all that a step changes."""
+    """Parameters, optimizer and the hidden states of substreams first ... last - 1: all that a step changes.
 
-    def __init__(self, config: Config, vocab_size: int, accelerator: Accelerator, first: int, last: int):
+    Args:
+        initialise: fill the parameters; False where `restore` follows.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        vocab_size: int,
+        accelerator: Accelerator,
+        first: int,
+        last: int,
+        initialise: bool = True,
+    ):
         self.config, self.accelerator, self.first, self.last = config, accelerator, first, last
-        raw = RecurrentLM(config.model, vocab_size, config.train.seed, config.train.loss_chunk_tokens)
+        raw = RecurrentLM(config.model, vocab_size, config.train.seed, config.train.loss_chunk_tokens, initialise)
         self.raw = raw.to(accelerator.device)  # without DDP and autocast: for evaluation, generation, saving
         with errors_are_shared():
             _check_states(self.raw)
@@ -187,18 +199,16 @@ class TrainStep:
         return {name: state.layout for name, state in self.raw.states().items() if state.layout}
 
     def restore(self, found: Checkpoint, state: TrainerState, same_substreams: bool) -> Tensor | None:
-        """Take over what a checkpoint holds for these rows; where they ended, (rows,) int64.
+        """Take over what a checkpoint holds for these rows; where they ended, (rows,) int64. Called by all.
 
         Args:
             same_substreams: else an epoch begins, all hidden states with it from zero, and there is nothing to return.
 
         Raises:
-            CheckpointError: damaged, or of another model.
+            UserError: a checkpoint that is damaged, or of another model, in all processes.
         """
-        parameters = dict(self.raw.named_parameters())
-        copy_tensors(parameters, found.tensors("model", parameters), found.path)
-        moments = optimizer_tensors(self.raw, self.raw_optimizer, self.config.optim)
-        copy_tensors(moments, found.tensors("optimizer", moments), found.path)
+        self._fill(dict(self.raw.named_parameters()), "model", found)
+        self._fill(optimizer_tensors(self.raw, self.raw_optimizer, self.config.optim), "optimizer", found)
 
         is_main = self.accelerator.is_main_process  # it carries what was summed over all
         if is_main:
@@ -208,6 +218,12 @@ class TrainStep:
             self.accelerator.scaler.load_state_dict(state.scaler)
         return self._restore_hidden(found, state) if same_substreams else None
 
+    def _fill(self, tensors: dict[str, Tensor], group: str, found: Checkpoint) -> None:
+        """Put a group of a checkpoint into these tensors, which must be all that it has; read by one process."""
+        fill_on_main(
+            self.accelerator, tensors, lambda: copy_tensors(tensors, found.tensors(group, tensors), found.path)
+        )
+
     def _restore_hidden(self, found: Checkpoint, state: TrainerState) -> Tensor:
         if state.layouts != self.layouts():
             raise CheckpointError(
@@ -215,21 +231,28 @@ class TrainStep:
                 "resume with the code that wrote them"
             )
         rows = self.config.train.global_batch_size
-        whole = {name: each.new_empty((rows, *each.shape[1:]), device="meta") for name, each in self.hidden.items()}
-        whole["ended"] = torch.empty(rows, dtype=torch.int64, device="meta")
+        whole = {name: each.new_empty((rows, *each.shape[1:]), device="cpu") for name, each in self.hidden.items()}
+        whole["ended"] = torch.empty(rows, dtype=torch.int64)
+        self._fill(whole, "hidden", found)
 
-        own = {name: each[self.first : self.last] for name, each in found.tensors("hidden", whole).items()}
-        ended = own.pop("ended")
-        copy_tensors(self.hidden, own, found.path)
+        ended = whole.pop("ended")[self.first : self.last]
+        for name, state_of_rows in self.hidden.items():
+            state_of_rows.copy_(whole[name][self.first : self.last])
         return ended
 
 
 def _check_states(model: RecurrentLM) -> None:
-    """Check that a checkpoint can hold all states of the layers.
+    """Check that a checkpoint can hold all states of the layers, and that they have no others.
 
     Raises:
         UserError: naming the first that it cannot.
     """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in model.state_dict().keys() - parameters:
+        raise UserError(
+            f"model.cell={model.config.cell}, model.head={model.config.head}: the buffer {name} is in no checkpoint; "
+            "make it a state of the layer, a parameter, or with persistent=False a constant that the constructor fills"
+        )
     for name, state in model.states().items():
         if state.dtype not in DTYPES.values():
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())

@@ -1,27 +1,48 @@
 """Trackers: the seam through which another place to report to enters, and Weights & Biases.
 
 metrics.jsonl is the truth; a tracker is a view of it that may fail. Whatever goes wrong in one is a warning, it is left
-out from then on, and training continues. The price: its pages may end before the run does.
+out from then on, and training continues. What it has missed it is given when the run is resumed, and
+tools/send_metrics.py sends the lines of a run that has ended. The price: its pages may end before the run does, and
+lines that it had not confirmed may come to it twice.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rnnlm.config import RunConfig
+from rnnlm.files import write_file
+
+LOGGED = ("train", "valid")  # the kinds of lines that trackers get
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a line cut short by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
 
 
 class Tracker:
     """A place that a run reports to; every method may raise anything."""
 
     name = "tracker"
+    received: int | None = None
+    """The step up to which it is sure to have all lines of earlier attempts: it is given the later ones when it starts.
+    None: it wants none of them."""
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl but those of the kind `start`: "train" or "valid"."""
+        """A line of metrics.jsonl, as it stands there; its kind is "train" or "valid"."""
 
     def picture(self, path: Path) -> None:
         """The curves, newly drawn."""
@@ -38,10 +59,22 @@ TrackerStart = Callable[[Path, RunConfig, int], Tracker | None]
 
 
 class Trackers:
-    """All trackers of a run; one that raises is left out from then on."""
+    """All trackers of a run; one that raises is left out from then on.
 
-    def __init__(self, directory: Path, config: RunConfig, step: int, print_line: Callable[[str], None]):
-        self._print_line = print_line
+    Args:
+        step: that the run starts from.
+        lines: of metrics.jsonl up to there.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: RunConfig,
+        step: int,
+        lines: Iterable[Mapping[str, Any]],
+        print_line: Callable[[str], None],
+    ):
+        self._print_line, lines = print_line, list(lines)
         self._active: list[Tracker] = []
         for start in TRACKERS:
             try:
@@ -51,8 +84,9 @@ class Trackers:
                 continue
             if tracker is not None:
                 self._active.append(tracker)
+        self.each(lambda tracker: replay(tracker, lines))
 
-    def each(self, act: Callable[[Tracker], None], verb: str = "stopped") -> None:
+    def each(self, act: Callable[[Tracker], object], verb: str = "stopped") -> None:
         """Have every tracker do something."""
         for tracker in list(self._active):
             try:
@@ -62,8 +96,18 @@ class Trackers:
                 self._active.remove(tracker)
 
 
+def replay(tracker: Tracker, lines: Iterable[Mapping[str, Any]]) -> int:
+    """Give a tracker the lines that it has not confirmed; how many these are."""
+    if tracker.received is None:
+        return 0
+    missed = [line for line in lines if line["kind"] in LOGGED and line["step"] > tracker.received]
+    for line in missed:
+        tracker.log(line["kind"], line)
+    return len(missed)
+
+
 class WandbTracker(Tracker):
-    """Weights & Biases, under the id that the run keeps in `wandb-id`."""
+    """Weights & Biases, under the id that the run keeps in `wandb-id`; `wandb-step` says how far it has confirmed."""
 
     name = "wandb"
 
@@ -82,16 +126,24 @@ class WandbTracker(Tracker):
             name=directory.name,
             settings=wandb.Settings(init_timeout=60, login_timeout=30),  # seconds, after which training starts without
         )
+        self._confirmed, self.received = directory / "wandb-step", -1
+        if self._confirmed.exists() and (text := self._confirmed.read_text().strip()).isdecimal():
+            self.received = int(text)
+        self._last = self.received
         self._run.define_metric("*", step_metric="tokens")  # wandb's own step may not go back, a resumed run does
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
         """All numbers of the line, as train/loss and so on, over tokens."""
         numbers = {f"{kind}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
+        if "time" in record:  # not in the lines of earlier versions
+            numbers["_timestamp"] = datetime.fromisoformat(record["time"]).timestamp()
         self._run.log({**numbers, "tokens": record["tokens"]})
+        self._last = record["step"]
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is left, and note how far all has been sent: a kill loses what is under way."""
         self._run.finish()
+        write_file(self._confirmed, str(self._last).encode(), alone=True)
 
 
 def start_wandb(directory: Path, config: RunConfig, step: int) -> Tracker | None:

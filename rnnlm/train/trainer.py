@@ -18,15 +18,24 @@ from rnnlm.config import Config, as_list
 from rnnlm.data.substreams import Batch, ContinuityCheck, SubstreamDataset, loader
 from rnnlm.model.evaluate import exp
 from rnnlm.model.generate import continuations
-from rnnlm.train.distributed import Accelerator, AnyRank, all_gather_object, errors_may_be_local, launched, run_on_main
+from rnnlm.train.distributed import (
+    Accelerator,
+    AnyRank,
+    all_gather_object,
+    errors_are_shared,
+    errors_may_be_local,
+    launched,
+    run_on_main,
+)
+from rnnlm.train.ending import check_loss, print_finished, print_preempted
 from rnnlm.train.evaluation import evaluate_on_all_ranks
-from rnnlm.train.identity import versions
+from rnnlm.train.identity import other_versions, versions
 from rnnlm.train.inputs import Streams, open_streams
 from rnnlm.train.metrics import Metrics, SilentMetrics, Stopwatch, peak_memory_bytes
-from rnnlm.train.run import Run, mark_preempted, open_run, record_attempt, record_of
+from rnnlm.train.run import Run, open_run, record_attempt, record_of
 from rnnlm.train.saving import Saving
 from rnnlm.train.schedule import ValidationMemory, learning_rate
-from rnnlm.train.signals import Interrupts
+from rnnlm.train.signals import Interrupts, command_of, short_shutdown
 from rnnlm.train.step import TrainStep
 from rnnlm.train.watchdog import Watchdog
 
@@ -59,7 +68,8 @@ class Trainer:
         self.step = state.step if state else 0  # updates done, and so the data position
         self.horizon = state.horizon_steps if state else config.optim.horizon_steps or self.total_steps
         self.memory = ValidationMemory(**state.memory.model_dump()) if state else ValidationMemory()
-        self.train_step = TrainStep(config, streams.train.manifest.vocab_size, accelerator, run.first, run.last)
+        vocab_size, begins = streams.train.manifest.vocab_size, state is None
+        self.train_step = TrainStep(config, vocab_size, accelerator, run.first, run.last, initialise=begins)
         self.continuity = ContinuityCheck(streams.train, run.ring, run.first, run.last, self.step)
         self._restore()
         run_on_main(accelerator, lambda: record_attempt(config, run))
@@ -77,6 +87,7 @@ class Trainer:
             self.watchdog.start()
             while not self.finished and not preempted:
                 self.take_step(next(batches))
+                self.metrics.advance(self.step)
                 best = self.validate() if self.validation_due else False  # before logging: it may end the training
                 if self.due(self.config.run.log_every_steps):
                     self.log()
@@ -192,7 +203,8 @@ class Trainer:
     def save(self, resumable: bool, best: bool, is_last: bool) -> None:
         """Copy what a checkpoint holds, and leave the writing to a thread."""
         with self.clock.pause():
-            self.saving.wait_for_disk("" if is_last else "; save less often, or on a faster disk")
+            before = "waiting until the checkpoint before is written"
+            self.saving.wait_for_disk(before if is_last else f"warning: {before}; save less often, or on a faster disk")
             tensors, counts = self.train_step.tensors(), self.train_step.counts()
             ended = torch.from_numpy(self.continuity.ended).to(self.accelerator.device)
             tensors["hidden"]["ended"] = self.accelerator.gather(ended)
@@ -211,13 +223,14 @@ class Trainer:
         found, state = self.run.checkpoint, self.run.state
         if found is None or state is None:
             return
-        now = versions(self.accelerator.device)
-        if state.versions != now and self.accelerator.is_main_process:
-            print(f"warning: saved under {state.versions}, now {now}: bits may differ", file=sys.stderr)
+        others = other_versions(state.versions, versions(self.config, self.accelerator.device))
+        if others and self.accelerator.is_main_process:
+            print(f"warning: {found.path}: {'; '.join(others)}: bits may differ", file=sys.stderr)
 
-        with errors_may_be_local():
+        with errors_are_shared():
             ended = self.train_step.restore(found, state, self.run.same_substreams)
-            if ended is not None:
+        if ended is not None:
+            with errors_may_be_local():
                 self.continuity.resume_at(ended.numpy(), state.step, found.path)
 
     def _open_metrics(self) -> SilentMetrics:
@@ -231,52 +244,54 @@ class Trainer:
         if self.finished:
             return metrics
 
-        processes, device = self.accelerator.num_processes, self.accelerator.device
         counts = self.train_step.raw.parameter_counts()
-        metrics.print_line(
-            f"{self.run.directory}: {self.streams.train.tokens:,} tokens, {self.ring.windows_per_epoch:,} steps an "
-            f"epoch; {processes} process(es) on {device.type}, {self.config.train.precision}; parameters: "
-            + ", ".join(f"{part} {count:,}" for part, count in counts.items())
-        )
-        if self.step:
-            metrics.print_line(f"resuming from step {self.step} of {self.total_steps}")
+        self._print_start(metrics, counts)
 
+        processes, device = self.accelerator.num_processes, self.accelerator.device
         record = {"step": self.step, "total_steps": self.total_steps, "processes": processes, "ranks": ranks}
         figures = {"device": device.type, "threads": torch.get_num_threads(), "parameters": counts}
-        metrics.write("start", {**record, **figures, "versions": versions(device)})
+        metrics.write("start", {**record, **figures, "versions": versions(self.config, device)})
         return metrics
+
+    def _print_start(self, metrics: Metrics, counts: dict[str, int]) -> None:
+        """What the person at the console should know before the first step.
+
+        Args:
+            counts: parameters by part.
+        """
+        processes, device, config = self.accelerator.num_processes, self.accelerator.device, self.config
+        metrics.print_line(
+            f"{self.run.directory}: {self.streams.train.tokens:,} tokens, {self.ring.windows_per_epoch:,} steps an "
+            f"epoch; {processes} process(es) on {device.type}, {config.train.precision}; parameters: "
+            + ", ".join(f"{part} {count:,}" for part, count in counts.items())
+        )
+        if self.streams.valid is None:
+            metrics.print_line(
+                f"no stream {config.stream.directory}/{config.eval.split}: nothing is evaluated, so there is neither a "
+                "best checkpoint nor samples.md; eval.py and generate.py read the last checkpoint"
+            )
+
+        launcher = command_of(os.getppid())
+        if warning := short_shutdown(config.run.grace_seconds, torch.__version__, os.environ, launcher):
+            metrics.print_line(warning)
+        if self.step:
+            metrics.print_line(f"resuming from step {self.step} of {self.total_steps}")
 
     def _end(self, preempted: bool) -> int:
         """Print where everything is; the exit code.
 
         Raises:
-            RunError: the last checkpoint could not be written.
+            RunError: the last checkpoint could not be written, or the run has diverged.
         """
         if self.accelerator.is_main_process:
-            self._print_preempted() if preempted else self._print_finished()
-        if not preempted:
+            directory, saved = self.run.directory, self.saving.saved_step
+            if preempted:
+                name = self.interrupts.first_signal or "a signal to another process"
+                print_preempted(directory, name, self.step, self.total_steps, saved)
+            else:
+                print_finished(directory, self.step, self.total_steps, self.memory)
+
             self.saving.check(self.step)
+            if not preempted:
+                check_loss(directory, self.streams.train.manifest.vocab_size)
         return PREEMPTED if preempted else 0
-
-    def _print_preempted(self) -> None:
-        """A line for the person at the console, and the marker for scripts."""
-        name, saved = self.interrupts.first_signal or "a signal to another process", self.saving.saved_step
-        mark_preempted(self.run.directory, name, self.step, saved)
-        print(
-            f"{self.run.directory}: {name} at step {self.step} of {self.total_steps}, saved at step {saved}; "
-            "type the same command again to resume",
-            flush=True,
-        )
-
-    def _print_finished(self) -> None:
-        """One paragraph for the person at the console."""
-        best = self.memory.best_loss
-        valid = "" if best is None else f", best validation loss {best:.4f} at step {self.memory.best_step}"
-        samples = ", samples.md" if self.run.tokenizer else ""
-        early = self.step < self.total_steps
-        longer = "optim.early_stop_patience" if early else "train.epochs or train.max_steps"
-        print(
-            f"{self.run.directory}: {'stopped early' if early else 'finished'} at step {self.step} of "
-            f"{self.total_steps}{valid}\n  curves.png, metrics.jsonl{samples} and checkpoints/ are there; "
-            f"to train longer, raise {longer}"
-        )

@@ -21,9 +21,9 @@ from rnnlm.checkpoint.checkpoint import find_newest, list_checkpoints, load, pru
 Save = tuple[str, int, float]  # prefix, step, the value of all its numbers
 
 
-def write(root: Path, prefix: str, step: int, value: float) -> Path:
+def write(root: Path, prefix: str, step: int, value: float, same: Path | None = None) -> Path:
     groups = {group: {"w": torch.full((2, 3), value)} for group in ("model", "optimizer", "hidden")}
-    return save(root, f"{prefix}-{step:08d}", groups, {"step": step, "value": value})
+    return save(root, f"{prefix}-{step:08d}", groups, {"step": step, "value": value}, same)
 
 
 class Known:
@@ -44,10 +44,14 @@ class Known:
 
 
 def saves_of_a_run(root: Path) -> Iterator[tuple[str, Save]]:
-    """Saves with pruning, each yielded as ("begun" or "done", what); in between a damaged one is renamed."""
+    """Saves with pruning, each yielded as ("begun" or "done", what); in between a damaged one is renamed.
+
+    What was just saved under another name shares its files.
+    """
+    before: tuple[Path, int, float] | None = None
     for prefix, step, value in (
         ("step", 10, 1.0), ("best", 10, 2.0), ("step", 20, 3.0), ("step", 30, 4.0), ("step", 30, 5.0),
-        ("best", 30, 6.0), ("step", 40, 7.0), ("step", 50, 8.0), ("rename", 50, 0.0), ("step", 50, 9.0),
+        ("best", 30, 5.0), ("step", 40, 7.0), ("step", 50, 8.0), ("rename", 50, 0.0), ("step", 50, 9.0),
         ("best", 30, 10.0), ("step", 60, 11.0),
     ):  # fmt: skip
         yield "begun", (prefix, step, value)
@@ -60,7 +64,11 @@ def saves_of_a_run(root: Path) -> Iterator[tuple[str, Save]]:
             rename_damaged(root, "step", good)
 
         else:
-            written = write(root, prefix, step, value)
+            same = before[0] if before and before[1:] == (step, value) else None
+            written = write(root, prefix, step, value, same)
+            if same:
+                assert (written / "model.safetensors").samefile(same / "model.safetensors")
+            before = written, step, value
             yield "done", (prefix, step, value)
             prune(written, prefix, 2 if prefix == "step" else 1, keep_every_steps=30 if prefix == "step" else 0)
 

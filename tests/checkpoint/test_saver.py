@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,21 +197,90 @@ def test_copies_share_no_memory() -> None:
             assert copy.data_ptr() != tensor.data_ptr()
 
 
+class OnADevice(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+
+def test_copies_of_a_devices_tensors_are_in_ordinary_memory_of_their_size() -> None:
+    """Pinned memory, which PyTorch rounds up and keeps, cannot even be asked for without a GPU."""
+    tensor = torch.arange(6.0).reshape(2, 3).as_subclass(OnADevice)
+    assert tensor.is_cuda
+    copy = host_copy({"model": {"w": tensor.T}})["model"]["w"]
+    assert copy.tolist() == tensor.T.tolist() and copy.is_contiguous()
+    assert copy.untyped_storage().nbytes() == 6 * 4
+
+
+def test_copies_are_given_back_when_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[weakref.ref[torch.Tensor]] = []
+    honest = checkpoint.save
+
+    def save(root: Path, name: str, tensors: Any, *rest: Any) -> Path:
+        copies.append(weakref.ref(tensors["model"]["w"]))
+        return honest(root, name, tensors, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    saver = Saver(tmp_path)
+    saver.submit(["step-00000010"], groups(1.0), {"step": 10})
+    assert saver.wait()[0].path
+    assert copies[0]() is None
+
+
 @pytest.mark.gpu
-def test_copies_of_device_tensors_are_pinned_and_complete() -> None:
+def test_copies_of_device_tensors_are_complete_and_pin_nothing() -> None:
     large = torch.randn(4096, 4096, device="cuda")
     for _ in range(20):
         large = large @ large / 64  # still being computed when the copy is asked for
     tensors = {"model": {"large": large, "turned": large.T, "scalar": torch.tensor(2.5, device="cuda")},
                "optimizer": {"step": torch.tensor(3.0)}}  # fmt: skip
+    pinned = torch.cuda.host_memory_stats()["allocated_bytes.current"]
     copies = host_copy(tensors)
+    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] == pinned
     expected = {group: {name: tensor.cpu() for name, tensor in each.items()} for group, each in tensors.items()}
     large.zero_()
     for group, each in expected.items():
         for name, tensor in each.items():
             assert torch.equal(copies[group][name], tensor), name
-            assert copies[group][name].is_contiguous()
-    assert copies["model"]["large"].is_pinned()
+            assert copies[group][name].is_contiguous() and not copies[group][name].is_pinned()
+
+
+def test_the_best_one_is_the_model_alone_and_one_file_with_the_last(tmp_path: Path) -> None:
+    saver = Saver(tmp_path)
+    saver.submit(["step-00000010", "best-00000010"], groups(1.0), {"step": 10})
+    assert all(saved.error is None for saved in saver.wait())
+    best, last = tmp_path / "best-00000010", tmp_path / "step-00000010"
+    assert {path.name for path in best.iterdir()} == {"model.safetensors", "trainer.json", "manifest.json"}
+    assert (best / "model.safetensors").samefile(last / "model.safetensors")
+
+    # each outlives the other
+    for step in (20, 30):
+        saver.submit([f"step-{step:08d}"], groups(float(step)), {"step": step})
+    saver.wait()
+    assert not last.exists() and (load(best).tensors("model")["w"] == 1.0).all()
+    saver.submit(["best-00000030", "step-00000030"], groups(3.0), {"step": 30})
+    saver.submit(["best-00000040"], groups(4.0), {"step": 40})
+    saver.wait()
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path, "best")] == ["best-00000040"]
+    assert (load(tmp_path / "step-00000030").tensors("model")["w"] == 3.0).all()
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_where_there_are_no_hard_links_both_have_a_file_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def link(*arguments: Any, **options: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", link)
+    saver = Saver(tmp_path)
+    saver.submit(["step-00000010", "best-00000010"], groups(1.0), {"step": 10})
+    assert all(saved.error is None for saved in saver.wait())
+    files_of_both = [load(tmp_path / name).path / "model.safetensors" for name in ("step-00000010", "best-00000010")]
+    assert files_of_both[0].read_bytes() == files_of_both[1].read_bytes()
+    assert not files_of_both[0].samefile(files_of_both[1])
 
 
 def test_what_a_run_resumes_from_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,6 +59,23 @@ def test_every_token_is_scored_once_with_carried_state(model: RecurrentLM, strea
     assert figures["token_perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-5)
     assert figures["word_perplexity"] == pytest.approx(math.exp(nats / (manifest.words + ends)), rel=1e-5)
     assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / manifest.text_bytes, rel=1e-6)
+
+
+def test_losses_of_tokens_are_summed_in_fp64(
+    model: RecurrentLM, train_stream: TokenStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32 the sum of a window alone would be off by 1e-8 of it."""
+    seen: list[float] = []
+    honest = model.token_losses
+
+    def token_losses(*arguments: torch.Tensor) -> Any:
+        losses, hidden = honest(*arguments)
+        seen.extend(losses.flatten().tolist())
+        return losses, hidden
+
+    monkeypatch.setattr(model, "token_losses", token_losses)
+    found = evaluate(model, train_stream, 16, True)
+    assert found.nats == pytest.approx(math.fsum(seen), rel=1e-13)
 
 
 @pytest.mark.parametrize("processes", [2, 3, 7])

@@ -69,6 +69,21 @@ def test_bf16_is_close_to_fp64_and_sums_in_fp32() -> None:
         assert ((mine.double() - theirs).norm() / theirs.norm()).item() < 1e-2
 
 
+def test_in_bf16_the_gradient_of_the_bias_is_that_of_fp32() -> None:
+    """With whole numbers the products are exact in bf16, so that only what comes after them could round."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-2, 3, shape, generator=draw).float() for shape in ((512, 8), (50, 8)))
+    bias = torch.randn(50, generator=draw).requires_grad_()
+    targets = torch.randint(0, 50, (512,), generator=draw)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(x, weight, bias, targets, 64)
+    (found,) = torch.autograd.grad(loss, [bias])
+
+    wide = bias.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(linear_cross_entropy(x.double(), weight.double(), wide, targets, 64), [wide])
+    assert ((found.double() - wanted).norm() / wanted.norm()).item() < 1e-5
+
+
 class Largest(TorchDispatchMode):
     """Remembers the most elements that any operation's result had."""
 

@@ -10,6 +10,7 @@ clocks N: a step takes N seconds by the clock of process 0 and N thousand by any
 stuck N: step N never ends; it says "stuck" on stdout, then "noted" when a signal is, and the next one is no echo.
 half: fp16 and the scaling of its losses on a CPU, where Accelerate has neither.
 touches: touched-RANK lists what each process did to names and contents in the run's directory, by Python's own audit.
+reads: read-RANK lists the files of tensors that a process read.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import rnnlm.files
 import rnnlm.train.distributed
 import rnnlm.train.saving
 import rnnlm.train.signals
+from rnnlm.checkpoint import safetensors_file
 from rnnlm.config import Config
 from rnnlm.data.substreams import Batch, SubstreamDataset
 from rnnlm.train.signals import Interrupts
@@ -255,6 +257,18 @@ def touches(value: int) -> None:
                     os.write(log, f"{event} {os.fspath(path)}\n".encode())
 
     sys.addaudithook(hook)
+
+
+def reads(value: int) -> None:
+    original = safetensors_file.read
+
+    def read(file: Any, size: int, where: Path, *arguments: Any) -> Any:
+        with Path(f"read-{os.environ['RANK']}").open("a") as log:
+            log.write(f"{where}\n")
+        return original(file, size, where, *arguments)
+
+    Path(f"read-{os.environ['RANK']}").touch()
+    replace(safetensors_file, "read", read)
 
 
 def inject(faults: str, values: str) -> None:

@@ -72,6 +72,33 @@ def test_fault_18_a_loss_beyond_k_sigma_is_skipped_and_a_lasting_change_is_soon_
     assert guard.check(0) == sum(skipped)
 
 
+def test_fault_18_spikes_are_judged_when_32_losses_are_known() -> None:
+    for known, expected in ((31, False), (32, True)):
+        guard = Guard(CPU)
+        for number in range(known):
+            assert not guard.should_skip(tensor(1.0), tensor(3.0 + number % 2, dtype=torch.float64), 6.0)
+        assert bool(guard.should_skip(tensor(1.0), tensor(99.0, dtype=torch.float64), 6.0)) == expected
+
+
+def test_fault_18_one_batch_of_huge_loss_is_skipped_and_another_one_after_a_resume(
+    faulty_here: RunHere, experiment: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = (
+        f"--config={experiment}", "--train.skip_spikes_sigmas=6", "--run.log_every_steps=1", "--eval.every_steps=99",
+        "--optim.horizon_steps=40", "--train.seq_len=8", "--model.layers=1", "--train.epochs=9",
+    )  # fmt: skip
+    for fault, end in ((34, 36), (38, 40)):
+        done = faulty_here("spike", fault, *options, f"--train.max_steps={end}")
+        assert done.returncode == 0, done.stderr
+
+    assert [start["step"] for start in records(run, "start")] == [0, 36]
+    lines = records(run, "train")
+    assert [line["skipped_steps"] for line in lines] == [0] * 34 + [1] * 4 + [2] * 2
+    assert max(line["loss"] for line in lines[:34]) < 10 < min(lines[34]["loss"], lines[38]["loss"])
+    assert final_state(run, 40)[1]["health"]["counts"] == [2, 0, 40]
+
+
 def test_fault_16_a_loss_that_is_not_finite_is_no_spike_but_is_skipped() -> None:
     guard = Guard(CPU)
     assert not guard.should_skip(tensor(1.0), tensor(2.0), 6.0)

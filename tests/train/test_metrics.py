@@ -113,8 +113,10 @@ def test_wandb_offline_keeps_one_run_over_attempts(tmp_path: Path, monkeypatch: 
         metrics.write("train", line(step + 5))
         (tracker,) = metrics._trackers._active
         assert isinstance(tracker, WandbTracker)
+        assert tracker.received == (step or -1), "what the attempt before has closed with"
         ids.append(tracker._run.id)
         metrics.close()
+        assert (tmp_path / "wandb-step").read_text() == str(step + 5)
 
     assert ids == [(tmp_path / "wandb-id").read_text()] * 2
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import shutil
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import STATE, TrainHere
+from conftest import STATE, TrainHere, Uninterrupted
 
 from rnnlm.checkpoint.checkpoint import load, save
 from rnnlm.checkpoint.safetensors_file import CheckpointError
-from rnnlm.config import Config, ModelConfig
-from rnnlm.data.ring import Origin
+from rnnlm.config import Config, ModelConfig, OptimConfig, TrainConfig
+from rnnlm.data.ring import Origin, Ring
+from rnnlm.data.stream import TokenStream
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.train.guard import Guard
+from rnnlm.train.identity import identity
 from rnnlm.train.load import load_model
+from rnnlm.train.run import _origin
 from rnnlm.train.schedule import ValidationMemory
 from rnnlm.train.state import HealthState, MemoryState, OriginState, check_state
 
@@ -93,3 +98,59 @@ def test_fault_30_tensors_of_other_shapes_are_refused_before_they_are_used(
         done = train_here(f"--config={experiment}", "--train.max_steps=3")
         assert done.returncode == 2, done.stderr
         assert name in done.stderr
+
+
+def test_fault_30_a_forged_step_of_0_does_not_pass_over_the_shapes(
+    uninterrupted: Uninterrupted, train_here: TrainHere, experiment: Path, tmp_path: Path
+) -> None:
+    """A run that has not begun has no state to compare, but a checkpoint of step 0 has."""
+    root = tmp_path / "run/checkpoints"
+    shutil.copytree(uninterrupted(1), root.parent)
+    found = load(root / "step-00000020")
+    tensors = {group: found.tensors(group) for group in ("model", "optimizer", "hidden")}
+    shutil.rmtree(root)
+
+    moment = next(name for name in tensors["optimizer"] if name.endswith("exp_avg"))
+    save(root, "step-00000000", {**tensors, "optimizer": {**tensors["optimizer"], moment: torch.zeros(1)}},
+         {**found.state, "step": 0})  # fmt: skip
+    done = train_here(f"--config={experiment}")
+    assert done.returncode == 2 and f"tensor {moment} is (1,)" in done.stderr, done.stderr
+
+
+ODD: list[tuple[dict[str, Any], str]] = [
+    ({"train": {"global_batch_size": 0}}, "train.global_batch_size=0: must be at least 1"),
+    ({"train": {"seq_len": -3}}, "train.seq_len=-3: must be at least 1"),
+    ({"train": {"seq_len": "48"}}, "train.seq_len='48': of another type"),
+    ({"train": {"seq_len": None}}, "train.seq_len=None: of another type"),
+    ({"train": {"seed": 1.5}}, "train.seed=1.5: of another type"),
+    ({"train": {"seed": True}}, "train.seed=True: of another type"),
+    ({"train": {"rotate": []}}, "train.rotate=.*: of another type"),
+    ({"train": {"precision": "fp8"}}, "train.precision='fp8': of another type"),
+    ({"model": {"cell": ["lstm"]}}, "model.cell=.*: of another type"),
+    ({"model": {"cell": "perceptron"}}, "model.cell=perceptron: not one of lstm"),
+    ({"model": {"dropout": float("inf")}}, "model.dropout=inf: must be a finite number"),
+    ({"optim": {"learning_rate": {"a": 1}}}, "optim.learning_rate=.*: of another type"),
+    ({"train": {"seq_len": ["a" * 10_000]}}, "train.seq_len=.*"),
+]
+
+
+@pytest.mark.parametrize(("odd", "message"), ODD, ids=lambda value: str(value)[:40])
+def test_fault_30_a_recorded_configuration_that_no_knob_allows(
+    tmp_path: Path, odd: dict[str, Any], message: str
+) -> None:
+    recorded = identity(Config())
+    assert check_state({**STATE, "configuration": recorded}, tmp_path).configuration == recorded
+    forged = {section: {**fields, **odd.get(section, {})} for section, fields in recorded.items()}
+    with pytest.raises(CheckpointError, match=f"trainer.json: configuration: {message}") as caught:
+        check_state({**STATE, "configuration": forged}, tmp_path)
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+def test_a_recorded_configuration_of_another_version_is_read(tmp_path: Path, train_stream: TokenStream) -> None:
+    """Fields that it does not have yet are as now, those that only it has are not looked at."""
+    config = Config(optim=OptimConfig(), train=TrainConfig(global_batch_size=16, seq_len=20))
+    other = {"model": {"colour": "red"}, "train": {"seq_len": 48, "later": None}, "weather": {"rain": 1}}
+    state = check_state({**STATE, "configuration": other}, tmp_path)
+    found = _origin(config, state, train_stream, ("train.seq_len",))
+    assert found == Ring(len(train_stream), 16, 48, config.train.seed).origin_at(state.step)
+    assert _origin(replace(config), state, train_stream, ()) == Origin()
