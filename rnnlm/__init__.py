@@ -6,4 +6,4 @@ key_names, arguments, cli), data, data.build, model, checkpoint, train. Within a
 ``__init__.py``.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
