@@ -11,22 +11,23 @@ from rnnlm.train.guard import SPIKE_WINDOW, Guard
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-def judged(losses: list[float], sigmas: float = 6.0) -> list[bool]:
+def judged(losses: list[float], *sigmas: float) -> list[bool]:
     """Whether each loss is skipped, one after the other."""
     guard = Guard(CPU)
-    return [bool(guard.should_skip(tensor(1.0), tensor(loss), sigmas)) for loss in losses]
+    return [bool(guard.should_skip(tensor(1.0), tensor(loss), *sigmas)) for loss in losses]
 
 
 @pytest.mark.parametrize(("before", "skipped"), [(31, False), (32, True), (33, True)])
 def test_a_loss_is_judged_once_there_are_32_before_it(before: int, skipped: bool) -> None:
-    assert judged([2.0] * before + [9.0]) == [False] * before + [skipped]
+    assert judged([2.0] * before + [9.0], 6.0) == [False] * before + [skipped]
 
 
 def test_a_loss_at_the_limit_is_no_spike() -> None:
     """Of losses 1 and 3 in turn the mean is 2 and the deviation 1, exactly: 4 is two deviations above, and not more."""
-    assert not any(judged([1.0, 3.0] * 20 + [4.0], sigmas=2.0))
-    assert judged([1.0, 3.0] * 20 + [4.001], sigmas=2.0)[-1]
-    assert judged([2.0] * 40 + [2.5], sigmas=0.0)[-1] and not any(judged([2.0] * 41, sigmas=0.0))
+    assert not any(judged([1.0, 3.0] * 20 + [4.0], 2.0))
+    assert judged([1.0, 3.0] * 20 + [4.001], 2.0)[-1]
+    assert judged([2.0] * 40 + [2.5], 0.0)[-1] and not any(judged([2.0] * 41, 0.0))
+    assert judged([1.0, 3.0] * 20 + [2.5])[-1], "whatever is above the mean, where nothing else is said"
 
 
 def test_only_the_last_128_finite_losses_count_and_each_has_its_place() -> None:
