@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from small_runs import small_config, train_small
 
 from rnnlm.checkpoint.checkpoint import load, save
 from rnnlm.config import Config
-from rnnlm.errors import UserError
+from rnnlm.errors import RunError, UserError
 from rnnlm.train.schedule import ValidationMemory
 from rnnlm.train.state import HealthState, MemoryState, TrainerState
 
@@ -137,7 +138,8 @@ def test_resumed_without_one_item_it_does_not(
     run = tmp_path / "run"
     cut_off(whole[name], run)
     leave_out(run, item)
-    resume(name, attempts(name, run, streams)[-1:])
+    with suppress(RunError):  # it may even diverge without it
+        resume(name, attempts(name, run, streams)[-1:])
 
     def compare() -> None:
         for step in COMPARED:
