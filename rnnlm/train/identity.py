@@ -66,13 +66,13 @@ def gradient_sums(config: Config) -> str:
     if processes == 1:
         return "one process"
 
-    library = str(dist.get_backend())
-    if library == "nccl":
-        version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-        settings = [f"{name}={os.environ[name]}" for name in ("NCCL_ALGO", "NCCL_PROTO") if name in os.environ]
-        library = " ".join([library, version, *settings])
+    if (library := str(dist.get_backend())) != "nccl":
+        return f"{library}, {processes} processes"
+
+    version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    settings = [f"{name}={os.environ[name]}" for name in ("NCCL_ALGO", "NCCL_PROTO") if name in os.environ]
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    return f"{library}, {processes // here} machine(s) with {here} process(es) each"
+    return f"{' '.join([library, version, *settings])}, {processes // here} machine(s) with {here} process(es) each"
 
 
 def other_versions(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

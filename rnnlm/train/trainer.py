@@ -205,6 +205,7 @@ class Trainer:
         with self.clock.pause():
             before = "waiting until the checkpoint before is written"
             self.saving.wait_for_disk(before if is_last else f"warning: {before}; save less often, or on a faster disk")
+
             tensors, counts = self.train_step.tensors(), self.train_step.counts()
             ended = torch.from_numpy(self.continuity.ended).to(self.accelerator.device)
             tensors["hidden"]["ended"] = self.accelerator.gather(ended)

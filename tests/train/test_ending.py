@@ -79,11 +79,11 @@ def test_a_normal_end_waits_for_its_last_checkpoint_without_a_warning(
     train_here: TrainHere, experiment: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that takes a second longer for the first checkpoint, and for the last one."""
-    honest, waited = Saver.busy, set[int]()
+    honest, waited = Saver.busy, list[object]()
 
     def busy(self: Saver, patience_seconds: float | None = 0.0) -> bool:
-        if patience_seconds == 1.0 and self._thread and id(self._thread) not in waited:
-            waited.add(id(self._thread))
+        if patience_seconds == 1.0 and self._thread and self._thread not in waited:
+            waited.append(self._thread)
             return True
         return honest(self, patience_seconds)
 
