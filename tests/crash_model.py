@@ -81,6 +81,8 @@ class FileSystem:
             parent.names[path.name].data += argument
         elif kind == "write" and path.name in parent.names:
             parent.names[path.name].__init__(argument)
+        elif kind == "link":
+            self.node(argument.parent).change(**{argument.name: parent.names[path.name]})
         elif kind == "rename":
             assert argument.parent == path.parent
             parent.change(**{path.name: None, argument.name: parent.names[path.name]})
@@ -126,7 +128,7 @@ def watch(patch: pytest.MonkeyPatch, log: list[Operation]) -> None:
         def call(path: Any, *arguments: Any, **options: Any) -> Any:
             shown = Path(f"/proc/self/fd/{path}").readlink() if isinstance(path, int) else Path(path)
             result = honest(path, *arguments, **options)
-            log.append((kind, shown, Path(arguments[0]) if kind == "rename" else None))
+            log.append((kind, shown, Path(arguments[0]) if kind in ("rename", "link") else None))
             return result
 
         patch.setattr(os, name, call)
@@ -142,7 +144,14 @@ def watch(patch: pytest.MonkeyPatch, log: list[Operation]) -> None:
 
         honest_write(path, logged_fill)
 
-    kinds = {"fsync": "sync", "rename": "rename", "unlink": "remove", "rmdir": "remove", "mkdir": "make"}
+    kinds = {
+        "fsync": "sync",
+        "rename": "rename",
+        "link": "link",
+        "unlink": "remove",
+        "rmdir": "remove",
+        "mkdir": "make",
+    }
     for name, kind in kinds.items():
         logged(name, kind)
     patch.setattr(files, "write", write)
