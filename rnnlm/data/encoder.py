@@ -20,11 +20,10 @@ from itertools import chain
 
 import numpy as np
 
-from rnnlm.data.bpe_kernels import segment_words
-from rnnlm.data.tokenizer import META, Tokenizer, token_dtype
-from rnnlm.data.tokenizer_rules import bpe_tables, white_bytes, why_whole
+from rnnlm.data.sentencepiece_words import SentencePieceWords
+from rnnlm.data.tokenizer import Tokenizer, token_dtype
 from rnnlm.data.word_keys import Array
-from rnnlm.data.word_table import FIRST, LAST, NEW, NO_IDS, WordTable
+from rnnlm.data.word_table import BEGINS, FIRST, LAST, NEW, NO_IDS, WordTable
 
 BATCH_BYTES = 2**17  # of text looked up at once: what is written then still lies in the cache when it is read
 
@@ -38,24 +37,19 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.dtype = np.dtype(token_dtype(tokenizer.vocab_size))
-        self.why_whole = why_whole(tokenizer)
+        self._words = SentencePieceWords(tokenizer)
+        self.why_whole = self._words.why_whole
+        if not self.why_whole:
+            self._table = WordTable(self.dtype, 2 * BATCH_BYTES)
+
+    @property
+    def path(self) -> str:
+        """How texts are encoded, and why, in a line."""
         if self.why_whole:
-            return
-
-        self._white = white_bytes(tokenizer)
-        self._white_bytes = bytes(np.flatnonzero(self._white).tolist())
-        spec = tokenizer.proto().normalizer_spec
-        self._keep_runs = not spec.remove_extra_whitespaces
-        self._first_differs = self._keep_runs or not spec.add_dummy_prefix
-
-        # words that SentencePiece is asked for stand between these: "x cat y"
-        self._ids_before = tokenizer.encode("x")
-        self._ids_after = tokenizer.encode("x y")[len(self._ids_before) :]
-        # ids that may not end a word before another one, or begin one: the space or the unknown run might reach over
-        self._open_ended = np.array([tokenizer.piece(token).endswith(META) for token in range(tokenizer.vocab_size)])
-
-        self._table = WordTable(self.dtype, 2 * BATCH_BYTES)
-        self._bpe = bpe_tables(tokenizer)
+            return f"texts are encoded whole by SentencePiece, without a table of words: {self.why_whole}"
+        if why := self._words.why_not_compiled:
+            return f"texts are encoded by words, each new one by SentencePiece: {why}"
+        return "texts are encoded by words, each new one by compiled kernels"
 
     def encode(self, documents: Sequence[bytes]) -> tuple[Array, Array, Array]:
         """The tokens of documents, each ended by EOS.
@@ -106,20 +100,23 @@ class Encoder:
 
     def _last_cut(self, text: bytes) -> int:
         """Where white space begins, as far back as possible, behind a word whose ids do not depend on what follows."""
-        end = len(text)
+        end = self._cut_before(text, len(text))
         for _ in range(100):
-            end = len(text[: self._last_white(text, end)].rstrip(self._white_bytes))
-            word = text[self._last_white(text, end) : end]
-            if not word or len(self._encode_in_context([(b" " if end > len(word) else b"") + word], 0)[0]):
+            begin = self._cut_before(text, end)
+            if not end or self._words.encode([text[begin:end]], 0)[1][0] != NO_IDS:
                 return end
-            end -= len(word)
+            end = begin
         return 0
 
-    def _last_white(self, text: bytes, end: int) -> int:
-        """Behind the last white byte before `end`; 0 if there is none."""
-        near = max(0, end - 4096)  # most often it is: some of these bytes occur nowhere
-        found = max(text.rfind(byte, near, end) for byte in self._white_bytes)
-        return 1 + (found if found >= 0 else max(text.rfind(byte, 0, near) for byte in self._white_bytes))
+    def _cut_before(self, text: bytes, end: int) -> int:
+        """The last place below `end` where white space begins behind a word; 0 if there is none."""
+        for size in (2**12, 2**62):  # most often it is near
+            begin = max(0, end - size)
+            white = self._words.white[np.frombuffer(text, np.uint8)[begin:end]]
+            found = np.flatnonzero((white[1:] & BEGINS).astype(bool) & (white[:-1] == 0))
+            if len(found):
+                return begin + 1 + int(found[-1])
+        return 0
 
     def _encode_between(self, text: bytes, flags: int) -> tuple[Array | None, int]:
         """The ids of some of a document that white space follows (or, with LAST, nothing), and its words."""
@@ -127,40 +124,8 @@ class Encoder:
             ids, tokens, words = self._encode_by_words([text], flags, eos=-1)
             if tokens[0] >= 0:
                 return ids, int(words[0])
-        ids, sizes = self._encode_in_context([text], flags)
+        ids, sizes = self._words.encode([text], flags)
         return (ids if sizes[0] != NO_IDS else None), len(text.decode().split())
-
-    def _encode_in_context(self, texts: Sequence[bytes], kind: int) -> tuple[Array, Array]:
-        """The ids of texts between the words x and y (not x with FIRST, not y with LAST), and how many each has.
-
-        Where the ids depend on the words around them: no ids and NO_IDS.
-        """
-        before = "" if kind & FIRST or not self._first_differs else "x" if self._keep_runs else "x "
-        after = "" if kind & LAST else " y"
-        found = self.tokenizer.encode_each([f"{before}{text.decode()}{after}" for text in texts])
-        head, tail = np.array(self._ids_before if before else [], int), np.array(self._ids_after if after else [], int)
-
-        # all ids one behind the other; those of text i lie in ids[begins[i]:stops[i]], between head and tail
-        totals = np.array(list(map(len, found)), np.int64)
-        ids = np.fromiter(chain.from_iterable(found), np.int64, int(totals.sum()))
-        ends = np.cumsum(totals)
-        begins, stops = ends - totals + len(head), ends - len(tail)
-        sizes = np.maximum(stops - begins, 0)
-
-        # right where head and tail are there, and nothing between them could have merged with another neighbour
-        padded = np.concatenate([ids, np.zeros(len(head) + len(tail) + 1, np.int64)])  # a text may have fewer ids
-        right = stops >= begins
-        right &= (padded[(begins - len(head))[:, None] + np.arange(len(head))] == head).all(1)
-        right &= (padded[np.maximum(stops, 0)[:, None] + np.arange(len(tail))] == tail).all(1)
-        some = sizes > 0
-        if after:
-            right &= ~(some & self._open_ended[padded[stops - 1]])
-        if before:
-            right &= ~(some & (padded[begins] == self.tokenizer.unknown_id))
-
-        sizes[~right] = 0
-        middle = np.repeat(begins - np.cumsum(sizes) + sizes, sizes) + np.arange(int(sizes.sum()))
-        return ids[middle].astype(self.dtype), np.where(right, sizes, NO_IDS)
 
     def _encode_batch(self, documents: Sequence[bytes]) -> tuple[Array, Array, Array]:
         """As `encode`, of documents that fit into one batch."""
@@ -183,13 +148,14 @@ class Encoder:
 
     def _encode_by_words(self, texts: Sequence[bytes], flags: int, eos: int) -> tuple[Array, Array, Array]:
         """Ids, tokens and words of texts by their words; -1 tokens where that cannot be, EOS behind each if >= 0."""
+        rules = self._words
         self._table.make_room()
-        words, found = self._table.find(texts, flags, self._white, self._keep_runs, self._first_differs)
+        words, found = self._table.find(texts, flags, rules.white, rules.keep_runs, rules.first_differs)
         self._fill_table()
         return self._table.write(words, found, eos)
 
     def _fill_table(self) -> None:
-        """Find the ids of the entries that are new: plain words here, others by SentencePiece."""
+        """Find the ids of the entries that are new."""
         table = self._table
         first, last = table.filled, int(table.counts[0])
         if first == last:
@@ -197,19 +163,13 @@ class Encoder:
 
         begin = int(table.key_ends[first - 1]) if first else 0
         table.reserve(4 * (int(table.counts[1]) - begin))
-        if self._bpe is None:
-            table.entries[first:last, 1] = NEW
-        else:
-            table.used = segment_words(
-                table.keys, table.key_ends, table.kinds, first, last, self._white, self._bpe, table.entries, table.ids,
-                table.used,
-            )  # fmt: skip
+        self._words.fill(table, first, last)
 
         left = first + np.flatnonzero(table.entries[first:last, 1] == NEW)
         for kind in np.unique(table.kinds[left]).tolist():
             entries = left[table.kinds[left] == kind]
             texts = table.texts(entries)
-            ids, counts = self._encode_in_context(texts, kind)
+            ids, counts = self._words.encode(texts, kind)
             table.set_ids(entries, ids, counts, [len(text.decode().split()) for text in texts])
         table.filled = last
 

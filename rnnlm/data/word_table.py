@@ -22,6 +22,8 @@ BLOCK = 512  # words found before they are looked up together, so that their cac
 TABLE_SLOTS = 2**19  # of 32 bytes, so that none lies in two cache lines
 MAX_WORDS = TABLE_SLOTS // 2  # held at once; beyond, the first quarter stays: the frequent ones come early
 KEY_BYTES = 2**23  # of text of those words
+RUN, BEGINS, SPACE = 1, 2, 4  # of a byte: it may stand in the white space before a word; it may begin that white space
+# behind another word; it is a space to the model. A word goes on through white space that may not begin one.
 FIRST, LAST = 1, 2  # a word's ids may depend on whether it begins its text, or is the white space at its end
 SPARE_IDS = 2**11  # always free behind the last id: more than any word has that is segmented by bpe_kernels
 NO_IDS = -1  # in place of a number of ids: they depend on what follows the word
@@ -41,13 +43,15 @@ def _before_low(word: Any) -> Any:
 
 @numba.njit(inline="always")
 def _word_end(data: Array, place: Any, end: Any, white: Array) -> Any:
-    """The first white byte of data (bytes,) uint8 from `place` on, or `end`; white (256,) bool."""
+    """Where white space begins in data (bytes,) uint8 from `place` on, or `end`; white (256,) uint8."""
     while place < end:
         size = _before_low(load(data, place))
         place += size
         if size < 8:
-            if place >= end or white[data[place]]:
+            if place >= end or white[data[place]] & BEGINS:
                 break
+            while place < end and white[data[place]]:  # white space that the word goes on through
+                place += 1
             place += 1
     return min(place, end)
 
@@ -77,7 +81,7 @@ def _fill_block(
         word = load(data, place)
         size = _before_low(word)
         length = place + size - start
-        if length < 8 and size < 8 and white[data[place + size]]:  # most words: make_key without its branches
+        if length < 8 and size < 8 and white[data[place + size]] & BEGINS:  # most words: make_key without its branches
             if keep_runs:
                 word = load(data, start)
             block[filled, 0] = word & ((U(1) << U(8 * length)) - U(1))
@@ -104,7 +108,7 @@ def find_words(
         starts: (texts,) int64, where each text begins in data.
         ends: (texts,) int64, where it ends.
         flags: FIRST | LAST, whether the texts open and end their documents.
-        white: (256,) bool, the bytes that separate words.
+        white: (256,) uint8, RUN, BEGINS and SPACE of each byte.
         keep_runs: a word begins with all the white space before it; else that is left out.
         first_differs: the first word of a document has another key than the same word later.
         slots: (2^k, 4) uint64, low, high, entry, and one unused; high is 0 where a slot is free.
