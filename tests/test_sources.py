@@ -18,7 +18,7 @@ GROUND = ("errors", "hashing", "files", "knob", "config", "cli")
 ALONE = {"checkpoint"}  # rooms that import from the ground floor alone
 TORCH = {"data/substreams", "model", "checkpoint", "train"}  # where torch may be imported
 HOMES = {
-    "sentencepiece": "data/tokenizer data/tokenizer_training",
+    "sentencepiece": "data/sentencepiece_tokenizer data/tokenizer_training",
     "numba": "data/word_keys data/word_table data/bpe_kernels",
     "pyarrow": "data/parquet",
     "distributed": "data/build/executor",

@@ -199,7 +199,7 @@ def adopt(
         documents, digest = _write_documents(partial / "documents.npy", index, scan)
         (partial / "shard-00000.bin").symlink_to(path.resolve())
         if tokenizer:
-            files.write(partial / "tokenizer.model", Path.write_bytes, tokenizer.model)
+            files.write(partial / tokenizer.file_name, Path.write_bytes, tokenizer.model)
         manifest = Manifest(
             # the unsigned one of the same width
             dtype=np.dtype(dtype.removeprefix("u").replace("int", "uint")).newbyteorder("<").str,

@@ -309,7 +309,7 @@ def segment_words(
 
         # the white space before a word: each byte that is a space to the model is written as one, however it looks
         size = 0
-        if kind & FIRST == 0 and not white[keys[start]] or kind & FIRST and tables.dummy_prefix:
+        if tables.dummy_prefix if kind & FIRST else not white[keys[start]]:
             text[0], text[1], text[2] = 0xE2, 0x96, 0x81  # U+2581, which stands for a space
             size = 3
         run = start
@@ -322,7 +322,7 @@ def segment_words(
                 size += 1
             start += 1
         count = _count_words(keys, start, end)
-        if count < 0 or start < end and white[keys[start]]:
+        if count < 0 or (start < end and white[keys[start]]):
             continue
 
         # the rules, most often none: an ASCII character before another one is looked up at once
@@ -348,8 +348,8 @@ def segment_words(
         place = 0
         while place < size and symbols < MAX_BPE_BYTES:
             lead = text[place]
-            if place >= bare and (white[lead] or (lead == 0xE2 and text[place + 1] == 0x96 and text[place + 2] == 0x81)):
-                plain = False
+            is_meta = lead == 0xE2 and text[place + 1] == 0x96 and text[place + 2] == 0x81
+            plain &= place < bare or not (white[lead] or is_meta)
             begins[symbols] = place
             place += 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
             if lead < 0x80:

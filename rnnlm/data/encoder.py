@@ -20,10 +20,12 @@ from itertools import chain
 
 import numpy as np
 
+from rnnlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rnnlm.data.sentencepiece_words import SentencePieceWords
 from rnnlm.data.tokenizer import Tokenizer, token_dtype
 from rnnlm.data.word_keys import Array
 from rnnlm.data.word_table import BEGINS, FIRST, LAST, NEW, NO_IDS, WordTable
+from rnnlm.data.words import NoWords, TableWords, Words
 
 BATCH_BYTES = 2**17  # of text looked up at once: what is written then still lies in the cache when it is read
 
@@ -34,22 +36,27 @@ class Encoder:
     `why_whole`: why texts are encoded whole under this tokenizer; empty where they are encoded by words.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, batch_bytes: int = BATCH_BYTES):
+        """Read the tokenizer's rules, and take the memory of the table; `batch_bytes` of text are looked up at once."""
         self.tokenizer = tokenizer
         self.dtype = np.dtype(token_dtype(tokenizer.vocab_size))
-        self._words = SentencePieceWords(tokenizer)
-        self.why_whole = self._words.why_whole
-        if not self.why_whole:
-            self._table = WordTable(self.dtype, 2 * BATCH_BYTES)
+        self._batch_bytes = batch_bytes
+        self._is_bytes = tokenizer.encodes == "bytes"
+        self._words = _words_of(tokenizer)
+        self.why_whole = "" if self._is_bytes else self._words.why_whole
+        if not self._words.why_whole:
+            self._table = WordTable(self.dtype, 2 * batch_bytes)
 
     @property
     def path(self) -> str:
         """How texts are encoded, and why, in a line."""
+        if self._is_bytes:
+            return "each byte is its own id"
         if self.why_whole:
-            return f"texts are encoded whole by SentencePiece, without a table of words: {self.why_whole}"
+            return f"texts are encoded whole by the tokenizer's library, without a table of words: {self.why_whole}"
         if why := self._words.why_not_compiled:
-            return f"texts are encoded by words, each new one by SentencePiece: {why}"
-        return "texts are encoded by words, each new one by compiled kernels"
+            return f"texts are encoded by words, new words by the tokenizer's library: {why}"
+        return "texts are encoded by words, new words by compiled kernels"
 
     def encode(self, documents: Sequence[bytes]) -> tuple[Array, Array, Array]:
         """The tokens of documents, each ended by EOS.
@@ -63,10 +70,12 @@ class Encoder:
             words: (documents,) int64, how many words each has in the sense of str.split.
         """
         encoded = []
-        for batch in _batches(documents):
-            if self.why_whole:
+        for batch in _batches(documents, self._batch_bytes):
+            if self._is_bytes:
+                encoded.append(self._encode_bytes(batch))
+            elif self.why_whole:
                 encoded.append(self._encode_whole(batch))
-            elif len(batch[0]) > BATCH_BYTES:
+            elif len(batch[0]) > self._batch_bytes:
                 blocks = list(self.encode_long(iter(batch)))
                 ids = np.concatenate([ids for ids, _ in blocks])
                 encoded.append((ids, np.array([len(ids)]), np.array([sum(words for _, words in blocks)])))
@@ -82,10 +91,14 @@ class Encoder:
             OverflowError: no place to cut within max_word_bytes.
         """
         assert not self.why_whole
+        if self._is_bytes:
+            yield from self._long_bytes(blocks)
+            return
+
         rest, flags = b"", FIRST
         for block in blocks:
-            for start in range(0, len(block), BATCH_BYTES):
-                rest += block[start : start + BATCH_BYTES]
+            for start in range(0, len(block), self._batch_bytes):
+                rest += block[start : start + self._batch_bytes]
                 cut = self._last_cut(rest)
                 ids, words = self._encode_between(rest[:cut], flags) if cut else (None, 0)
                 if ids is not None:
@@ -97,6 +110,24 @@ class Encoder:
         ids, words = self._encode_between(rest, flags | LAST)
         assert ids is not None, "the end of a text is always a place to cut"
         yield np.append(ids, self.dtype.type(self.tokenizer.eos_id)), words
+
+    def _encode_bytes(self, documents: Sequence[bytes]) -> tuple[Array, Array, Array]:
+        """As `encode`, each byte its own id."""
+        tokens = np.array([len(document) + 1 for document in documents], np.int64)
+        data = np.frombuffer(b" ".join([*documents, b""]), np.uint8)  # a space stands where each EOS comes
+        ids = data.astype(self.dtype)
+        ids[np.cumsum(tokens) - 1] = self.tokenizer.eos_id
+        return ids, tokens, np.array([len(document.decode().split()) for document in documents], np.int64)
+
+    def _long_bytes(self, blocks: Iterator[bytes]) -> Iterator[tuple[Array, int]]:
+        """As `encode_long`, each byte its own id."""
+        inside = False  # whether the block before ended within a word
+        for block in filter(None, blocks):
+            text = block.decode()
+            words = len(text.split()) - (inside and not text[:1].isspace())
+            inside = not text[-1:].isspace()
+            yield np.frombuffer(block, np.uint8).astype(self.dtype), words
+        yield np.array([self.tokenizer.eos_id], self.dtype), 0
 
     def _last_cut(self, text: bytes) -> int:
         """Where white space begins, as far back as possible, behind a word whose ids do not depend on what follows."""
@@ -120,7 +151,7 @@ class Encoder:
 
     def _encode_between(self, text: bytes, flags: int) -> tuple[Array | None, int]:
         """The ids of some of a document that white space follows (or, with LAST, nothing), and its words."""
-        if len(text) <= 2 * BATCH_BYTES:
+        if len(text) <= 2 * self._batch_bytes:
             ids, tokens, words = self._encode_by_words([text], flags, eos=-1)
             if tokens[0] >= 0:
                 return ids, int(words[0])
@@ -174,16 +205,22 @@ class Encoder:
         table.filled = last
 
 
+def _words_of(tokenizer: Tokenizer) -> Words:
+    if tokenizer.encodes == "words":
+        return TableWords(tokenizer)
+    return SentencePieceWords(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else NoWords(tokenizer)
+
+
 def _join(encoded: Sequence[tuple[Array, Array, Array]]) -> tuple[Array, Array, Array]:
     ids, tokens, words = zip(*encoded, strict=True)
     return np.concatenate(ids), np.concatenate(tokens), np.concatenate(words)
 
 
-def _batches(documents: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
-    """Documents up to BATCH_BYTES together, longer ones alone."""
+def _batches(documents: Sequence[bytes], batch_bytes: int) -> Iterator[Sequence[bytes]]:
+    """Documents up to batch_bytes together, longer ones alone."""
     first = size = 0
     for index, document in enumerate(documents):
-        if index > first and size + len(document) + 1 > BATCH_BYTES:
+        if index > first and size + len(document) + 1 > batch_bytes:
             yield documents[first:index]
             first, size = index, 0
         size += len(document) + 1

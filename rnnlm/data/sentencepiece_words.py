@@ -16,23 +16,18 @@ from typing import Any
 import numpy as np
 
 from rnnlm.data.bpe_kernels import segment_words
-from rnnlm.data.tokenizer import META, Tokenizer, token_dtype
+from rnnlm.data.sentencepiece_tokenizer import META, SentencePieceTokenizer
+from rnnlm.data.tokenizer import token_dtype
 from rnnlm.data.tokenizer_rules import bpe_tables, rule_bytes
 from rnnlm.data.word_keys import Array
-from rnnlm.data.word_table import BEGINS, FIRST, LAST, NEW, NO_IDS, RUN, SPACE, WordTable
+from rnnlm.data.word_table import BEGINS, FIRST, LAST, NO_IDS, RUN, SPACE, WordTable
+from rnnlm.data.words import ASCII_SPACES, Words
 
-WHITE = (9, 10, 11, 12, 13, 32)  # bytes that may be to a model what a space is
 
+class SentencePieceWords(Words):
+    """The words of texts under one model."""
 
-class SentencePieceWords:
-    """The words of texts under one model.
-
-    `why_whole`: why texts must be encoded whole; empty where a text's ids are those of its words.
-    `why_not_compiled`: why new words are SentencePiece's; empty where bpe_kernels segments most of them.
-    `white`: (256,) uint8, RUN, BEGINS and SPACE of each byte. `keep_runs`, `first_differs`: as find_words has them.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: SentencePieceTokenizer):
         self._tokenizer = tokenizer
         self.why_whole, self.why_not_compiled = why_whole(tokenizer), ""
         if self.why_whole:
@@ -57,9 +52,9 @@ class SentencePieceWords:
             self._tables = tables
 
     def fill(self, table: WordTable, first: int, last: int) -> None:
-        """Find the ids of the entries first ... last - 1 that are plain words; the others get NEW."""
+        """As Words, by the model's own merges."""
         if self.why_not_compiled:
-            table.entries[first:last, 1] = NEW
+            super().fill(table, first, last)
         else:
             table.used = segment_words(
                 table.keys, table.key_ends, table.kinds, first, last, self.white, self._tables, table.entries,
@@ -67,14 +62,7 @@ class SentencePieceWords:
             )  # fmt: skip
 
     def encode(self, texts: Sequence[bytes], kind: int) -> tuple[Array, Array]:
-        """The ids of texts between the words x and y (not x with FIRST, not y with LAST), and how many each has.
-
-        Where the ids depend on the words around them: no ids and NO_IDS.
-
-        Returns:
-            ids: all ids, one behind the other, uint16 or uint32.
-            sizes: (texts,) int64.
-        """
+        """As Words, of texts between the words x and y (not x with FIRST, not y with LAST)."""
         before = "" if kind & FIRST or not self.first_differs else "x" if self.keep_runs else "x "
         after = "" if kind & LAST else " y"
         found = self._tokenizer.encode_each([f"{before}{text.decode()}{after}" for text in texts])
@@ -109,7 +97,7 @@ def _characters(white: Array) -> str:
     return bytes(np.flatnonzero(white).tolist()).decode()
 
 
-def why_whole(tokenizer: Tokenizer) -> str:
+def why_whole(tokenizer: SentencePieceTokenizer) -> str:
     """Why texts must be encoded whole under this model; empty where a text's ids are those of its words."""
     model = tokenizer.proto()
     kind = model.trainer_spec.ModelType.Name(model.trainer_spec.model_type).lower()
@@ -139,7 +127,7 @@ def why_whole(tokenizer: Tokenizer) -> str:
     return ""
 
 
-def white_bytes(tokenizer: Tokenizer) -> Array:
+def white_bytes(tokenizer: SentencePieceTokenizer) -> Array:
     """(256,) uint8: RUN, BEGINS and SPACE of each byte.
 
     Besides what is a space to the model: where runs of white space are kept, also what is nothing special to it, but
@@ -147,14 +135,15 @@ def white_bytes(tokenizer: Tokenizer) -> Array:
     from a word into it, and texts are cut there too.
     """
     model = tokenizer.proto()
-    spaces = [byte for byte in WHITE if _is_space(tokenizer, chr(byte))]
+    spaces = [byte for byte in ASCII_SPACES if _is_space(tokenizer, chr(byte))]
     white = np.zeros(256, np.uint8)
     white[spaces] = RUN | BEGINS | SPACE
     if model.normalizer_spec.remove_extra_whitespaces:
         return white
 
     ruled = set(chain(*rule_bytes(model.normalizer_spec.precompiled_charsmap)))
-    others = {chr(byte) for byte in WHITE if not white[byte] and byte not in ruled and _is_plain_byte(tokenizer, byte)}
+    candidates = [byte for byte in ASCII_SPACES if not white[byte] and byte not in ruled]
+    others = {chr(byte) for byte in candidates if _is_plain_byte(tokenizer, byte)}
     while True:  # what is left in one piece behind another character is none, and then others may be left there too
         run = META + "".join(others)
         wrong = {character for piece in _texts(model) for character in others & set(piece.lstrip(run))}
@@ -170,7 +159,7 @@ def _texts(model: Any) -> set[str]:
     return {piece.piece for piece in model.pieces if piece.type in (piece.NORMAL, piece.USER_DEFINED)}
 
 
-def _is_space(tokenizer: Tokenizer, character: str) -> bool:
+def _is_space(tokenizer: SentencePieceTokenizer, character: str) -> bool:
     """Whether a character is to this model what a space is, at both ends of a text, alone, and beside a space."""
     texts = (" x y", "x  y", "x y ", "  x   y  ")
     return all(
@@ -180,7 +169,7 @@ def _is_space(tokenizer: Tokenizer, character: str) -> bool:
     )
 
 
-def _is_plain_byte(tokenizer: Tokenizer, byte: int) -> bool:
+def _is_plain_byte(tokenizer: SentencePieceTokenizer, byte: int) -> bool:
     """Whether no rule changes an ASCII character, and the model can write it."""
     known = tokenizer.unknown_id not in tokenizer.encode(f"x{chr(byte)}y")
     return known and tokenizer.normalize(f"x{chr(byte)}y").endswith(f"x{chr(byte)}y")

@@ -156,7 +156,7 @@ class TokenStream:
         """The stream's own tokenizer.
 
         Raises:
-            StreamError: tokenizer.model is not the one the stream was built with, or the stream has none.
+            StreamError: it is not the one the stream was built with, or the stream has none.
         """
         if not self.manifest.tokenizer:
             raise StreamError(
@@ -164,7 +164,7 @@ class TokenStream:
                 "adopt it again with tools/adopt_stream.py --tokenizer=my.model"
             )
         try:
-            return Tokenizer.load(self.directory / "tokenizer.model", self.manifest.tokenizer)
+            return Tokenizer.load(self.directory, self.manifest.tokenizer)
         except UserError as error:
             raise StreamError(f"{error}; or build the stream again") from error
 
@@ -174,9 +174,16 @@ class TokenStream:
         Raises:
             StreamError: naming the first file that is wrong, and what was found.
         """
+        own = set[str]()
         if self.manifest.tokenizer:
-            yield "tokenizer.model", self._verify_tokenizer()
-        self._verify_names()
+            tokenizer = self.tokenizer()
+            if (tokenizer.vocab_size, tokenizer.eos_id) != (self.manifest.vocab_size, self.manifest.eos_id):
+                raise StreamError(
+                    f"{self.directory}: vocabulary size or EOS differ from those of {tokenizer.file_name}"
+                )
+            yield tokenizer.file_name, len(tokenizer.model)
+            own = {tokenizer.file_name}
+        self._verify_names(own)
 
         eos_tokens = 0
         for index, shard in enumerate(self.manifest.shards):
@@ -188,18 +195,12 @@ class TokenStream:
         if self.manifest.rejected_sha256:
             yield "rejected.jsonl", self._verify_rejected()
 
-    def _verify_tokenizer(self) -> int:
-        """Check the tokenizer; its bytes."""
-        tokenizer = self.tokenizer()
-        if (tokenizer.vocab_size, tokenizer.eos_id) != (self.manifest.vocab_size, self.manifest.eos_id):
-            raise StreamError(f"{self.directory}: vocabulary size or EOS differ from those of tokenizer.model")
-        return len(tokenizer.model)
+    def _verify_names(self, known: set[str]) -> None:
+        """Check that no file is there but those: a stream is copied and compared as a directory.
 
-    def _verify_names(self) -> None:
-        """Check that no file is there but those of the manifest: a stream is copied and compared as a directory."""
-        known = {"stream.json", "documents.npy", *(shard["name"] for shard in self.manifest.shards)}
-        if self.manifest.tokenizer:
-            known.add("tokenizer.model")
+        known: beside those of the manifest, the tokenizer's.
+        """
+        known |= {"stream.json", "documents.npy", *(shard["name"] for shard in self.manifest.shards)}
         if self.manifest.rejected_sha256:
             known.add("rejected.jsonl")
         if extra := {path.name for path in self.directory.iterdir()} - known:

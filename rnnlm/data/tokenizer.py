@@ -1,126 +1,158 @@
-"""The tokenizer: load a SentencePiece model, encode and decode.
+"""Tokenizers: what every kind can do, and how the one in a file is found.
 
-SentencePiece's own library does the work, so any model of its format serves, also one trained elsewhere. Every document
-ends with the EOS token, which also stands before the first document, so a model without an EOS is refused. Tokens that
-are drawn one at a time are decoded as they come: `StreamDecoder` holds back the bytes of a character that is not whole.
-The price: it repeats in Python what SentencePiece does for a whole text, which a test compares.
+A tokenizer is the bytes of one file, `model`, whose sha256 ties streams, checkpoints and runs to it. Its kind is told
+by these bytes, and within a stream, a run or a build by the name of the file:
+
+    tokenizer.model   SentencePiece          words.txt   words, or another program's table of tokens
+    bytes.txt         the bytes of UTF-8
+
+Every document ends with the EOS token, which also stands before the first document, so there is none without an EOS.
+The price of one file for each: a model and a table that belong together are joined into one model (token_table).
 """
 
 from __future__ import annotations
 
 import codecs
 import hashlib
-from collections.abc import Iterable
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import sentencepiece
+from typing import ClassVar, Literal
 
 from rnnlm.errors import UserError
 
-META = "\u2581"  # SentencePiece writes a space so
 MODEL_BYTES = 2**28  # a million pieces take about 20 MB
+TRAIN = "train one with tools/train_tokenizer.py"
+
+# The name of the file in a stream -> the module and the class of the kind. Imported when one is met: each has libraries
+# of its own, which need not be there for the others.
+KINDS = {
+    "tokenizer.model": ("rnnlm.data.sentencepiece_tokenizer", "SentencePieceTokenizer"),
+    "words.txt": ("rnnlm.data.word_tokenizer", "WordTokenizer"),
+    "bytes.txt": ("rnnlm.data.byte_tokenizer", "ByteTokenizer"),
+}
+# How the files begin that are told by that; any other is a SentencePiece model.
+BEGINS = {b"# rnnlm words": "words.txt", b"# rnnlm bytes": "bytes.txt"}
 
 
-class Tokenizer:
-    """A SentencePiece model. `digest` (sha256 of its bytes) ties streams, checkpoints and runs to it."""
+class Tokenizer(ABC):
+    """Text to ids and back. A kind has a class, an entry in KINDS, and, unless it is the default, in BEGINS."""
+
+    file_name: ClassVar[str]  # in a stream, a run or a build
+    encodes: ClassVar[Literal["texts", "words", "bytes"]] = "texts"
+    """What an id depends on: the text by rules of the kind's own; only the word that it belongs to, in the sense of
+    str.split, whose ids `word_ids` tells; or only a byte, which is its id."""
+
+    vocab_size: int  # ids are below it
+    eos_id: int  # at the end of every document, never made of a text
+    unknown_id: int  # of what the tokenizer does not know; -1: it knows everything
 
     def __init__(self, model: bytes, name: str = "tokenizer"):
-        """Load a serialized model; `name` is what errors call it.
+        """Load the bytes of a file; `name` is what errors call it.
 
         Raises:
-            UserError: not a SentencePiece model, or one without an end-of-sentence piece.
+            UserError: not a file of this kind, or without an EOS.
         """
-        self.model = model
+        self.model, self.name = model, name
         self.digest = hashlib.sha256(model).hexdigest()
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-            self.vocab_size = int(self._processor.vocab_size())
-            self.eos_id = int(self._processor.eos_id())
-            self.unknown_id = int(self._processor.unk_id())
-            self._processor.id_to_piece(list(range(self.vocab_size)))  # raises where a piece is no text
-            first = self.encode("a")[:1]
-        except (RuntimeError, UnicodeDecodeError) as error:
-            raise UserError(f"{name}: not a SentencePiece model; train one with tools/train_tokenizer.py") from error
 
-        if self.eos_id < 0:
-            raise UserError(f"{name}: has no EOS piece; train it with --eos_id, or use tools/train_tokenizer.py")
-        if not first:
-            raise UserError(f"{name}: makes nothing of a text; train another with tools/train_tokenizer.py")
-        # whether a text is encoded as if a space stood before it, which a decoder takes away again
-        self._dummy_prefix = self.piece(first[0]).startswith(META)
+    @property
+    def description(self) -> str:
+        """Its kind in a word, as tokenizer.kind has it where that makes it."""
+        return self.file_name
 
-    @classmethod
-    def load(cls, path: str | Path, digest: str = "") -> Tokenizer:
-        """The model in a file; where `digest` is given, another file is refused before SentencePiece sees it.
-
-        Raises:
-            UserError: the file is missing, no usable model, or not that of the digest.
-        """
-        try:
-            size = Path(path).stat().st_size
-            usable = Path(path).is_file() and size <= MODEL_BYTES  # opening a pipe would wait for its writer
-            model = Path(path).read_bytes() if usable else b""
-        except OSError as error:
-            raise UserError(
-                f"tokenizer.model={path}: {error.strerror}; train one with tools/train_tokenizer.py"
-            ) from error
-
-        if not model:
-            raise UserError(f"{path}: {size} bytes are no SentencePiece model; train one with tools/train_tokenizer.py")
-        if digest and hashlib.sha256(model).hexdigest() != digest:
-            raise UserError(f"{path}: not the model that this was made with; put the right one back")
-        return cls(model, str(path))
-
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without EOS."""
-        ids: list[int] = self._processor.encode(text)
-        return ids
 
     def encode_each(self, texts: list[str], add_eos: bool = False) -> list[list[int]]:
         """The ids of several texts, in this thread."""
-        if len(texts) < 64:  # for a list it starts threads, which takes as long as so many calls
-            return [self._processor.encode(text, add_eos=add_eos) for text in texts]
-        ids: list[list[int]] = self._processor.encode(texts, add_eos=add_eos, num_threads=1)
-        return ids
+        end = [self.eos_id] if add_eos else []
+        return [self.encode(text) + end for text in texts]
 
-    def normalize(self, text: str) -> str:
-        """What SentencePiece's rules make of a text before it is cut, spaces as U+2581."""
-        normalized: str = self._processor.normalize(text)
-        return normalized
+    def word_ids(self, words: Sequence[str], first: bool) -> list[list[int]]:
+        """The ids of each word, where it begins its text (`first`) or stands behind others; see `encodes`."""
+        return [self.encode(word) for word in words]
 
-    def piece(self, token: int) -> str:
-        """The piece of an id as the model writes it: spaces as U+2581, bytes as <0x0A>."""
-        piece: str = self._processor.id_to_piece(token)
-        return piece
-
-    def proto(self) -> Any:
-        """The model itself, as SentencePiece's protocol buffer: pieces, trainer_spec, normalizer_spec."""
-        from sentencepiece import sentencepiece_model_pb2
-
-        proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-        proto.ParseFromString(self.model)
-        return proto
-
+    @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; EOS and other control pieces vanish, broken UTF-8 becomes U+FFFD."""
-        text: str = self._processor.decode([int(i) for i in ids])
-        return text
+        """The text of ids; EOS and what else has no text vanishes, broken UTF-8 becomes U+FFFD."""
+
+    @abstractmethod
+    def piece(self, token: int) -> str:
+        """The entry of the vocabulary with this id, as it is shown to a reader."""
+
+    @abstractmethod
+    def piece_bytes(self, token: int) -> bytes:
+        """The bytes that a token adds to a text, perhaps a part of a character."""
+
+    def opens_with_space(self, token: int) -> bool:
+        """Whether the first of these bytes is a space that separates it from the text before it, if there is any."""
+        return False
 
     def decoder(self, context: Iterable[int] = ()) -> StreamDecoder:
         """A decoder of ids that come one at a time after those of `context`."""
-        return StreamDecoder(self, at_start=self._dummy_prefix and all(i == self.eos_id for i in context))
+        return StreamDecoder(self, at_start=all(i == self.eos_id for i in context))
 
-    def piece_bytes(self, token: int) -> bytes:
-        """The bytes that a token adds to a text, perhaps a part of a character."""
-        if self._processor.is_control(token):
-            return b""
-        piece = self.piece(token)
-        if self._processor.is_byte(token):
-            return bytes([int(piece[3:5], 16)])  # <0x0A>
-        if self._processor.is_unknown(token):
-            return self.decode([token]).encode()
-        return piece.replace(META, " ").encode()
+    @staticmethod
+    def load(path: str | Path, digest: str = "") -> Tokenizer:
+        """The tokenizer in a file, or in a directory under the name of its kind.
+
+        Where `digest` is given, another file is refused before any library sees it.
+
+        Raises:
+            UserError: missing, no usable tokenizer, or not that of the digest.
+        """
+        path = find(path, digest) if Path(path).is_dir() else Path(path)
+        model = read_bounded(path)
+        if digest and hashlib.sha256(model).hexdigest() != digest:
+            raise UserError(f"{path}: not the model that this was made with; put the right one back")
+        return class_of(model, path.name)(model, str(path))
+
+
+def class_of(model: bytes, name: str) -> type[Tokenizer]:
+    """The kind of tokenizer whose file has these bytes and this name."""
+    kind = next((kind for begin, kind in BEGINS.items() if model.startswith(begin)), "tokenizer.model")
+    module, class_name = KINDS[kind]
+    found: type[Tokenizer] = getattr(importlib.import_module(module), class_name)
+    return found
+
+
+def find_all(directory: str | Path) -> Iterator[Path]:
+    """The files of tokenizers in a directory."""
+    return (Path(directory) / name for name in KINDS if (Path(directory) / name).exists())
+
+
+def find(directory: str | Path, digest: str = "") -> Path:
+    """The file of the tokenizer in a directory; of several, the one of this digest; tokenizer.model if there is none.
+
+    Raises:
+        UserError: several, and no digest that tells which.
+    """
+    found = list(find_all(directory))
+    if len(found) > 1 and digest:
+        found = [path for path in found if hashlib.sha256(read_bounded(path)).hexdigest() == digest] or found[:1]
+    if len(found) > 1:
+        raise UserError(f"{' and '.join(map(str, found))}: which one is the tokenizer? Remove the others")
+    return found[0] if found else Path(directory) / "tokenizer.model"
+
+
+def read_bounded(path: Path) -> bytes:
+    """The bytes of a tokenizer's file.
+
+    Raises:
+        UserError: missing, empty, no file, or larger than any model.
+    """
+    try:
+        size = path.stat().st_size
+        usable = path.is_file() and size <= MODEL_BYTES  # opening a pipe would wait for its writer
+        model = path.read_bytes() if usable else b""
+    except OSError as error:
+        raise UserError(f"tokenizer.model={path}: {error.strerror}; {TRAIN}") from error
+    if not model:
+        raise UserError(f"{path}: {size} bytes are no SentencePiece model; {TRAIN}")
+    return model
 
 
 class StreamDecoder:
@@ -129,13 +161,13 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, at_start: bool):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._at_start = at_start  # the space that SentencePiece puts before a text is not part of it
+        self._at_start = at_start  # no text yet: a space that separates from what is before is not part of it
 
     def push(self, token: int) -> str:
         """The text that is certain once `token` has come."""
         data = self._tokenizer.piece_bytes(token)
         if self._at_start and data:
-            if self._tokenizer.piece(token).startswith(META):  # a space written as a byte stays
+            if self._tokenizer.opens_with_space(token):
                 data = data[1:]
             self._at_start = not data
         return self._utf8.decode(data)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rnnlm.data.bpe_kernels import MAX_BPE_BYTES, PIECE_BITS, BpeTables, copy_merges, index_pieces
-from rnnlm.data.tokenizer import META, Tokenizer
+from rnnlm.data.sentencepiece_tokenizer import META, SentencePieceTokenizer
 from rnnlm.data.word_keys import Array
 
 LABEL = 0x800000FF  # of a node of the trie of rules: its byte; the high bit marks a value, which has none
@@ -69,7 +69,7 @@ def _children(trie: Array, bases: Array, nodes: Array) -> tuple[Array, Array]:
     return children[real], np.broadcast_to(labels, real.shape)[real]
 
 
-def bpe_tables(tokenizer: Tokenizer) -> BpeTables | str:
+def bpe_tables(tokenizer: SentencePieceTokenizer) -> BpeTables | str:
     """The model as arrays, or why only SentencePiece can segment its words."""
     model = tokenizer.proto()
     rules = model.normalizer_spec.precompiled_charsmap
@@ -143,7 +143,7 @@ def _ascii_pieces(texts: list[bytes]) -> tuple[Array, Array]:
     return single, double
 
 
-def _alone(tokenizer: Tokenizer, character: str) -> int:
+def _alone(tokenizer: SentencePieceTokenizer, character: str) -> int:
     """The ASCII character that the rules make of one between two others; 0 where that is not so simple."""
     found, plain = tokenizer.normalize(f"x{character}x"), tokenizer.normalize("xx")
     simple = plain[-2:] == "xx" and found == f"{plain[:-1]}{found[-2:-1]}x" and "!" <= found[-2] <= "~"

@@ -19,8 +19,8 @@ import sentencepiece
 from rnnlm.config import Config, TokenizerConfig
 from rnnlm.data.documents import BadRecordError, Document, LongDocument, read
 from rnnlm.data.jobs import jobs
+from rnnlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rnnlm.data.sources import sources
-from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
 from rnnlm.hashing import fraction_of
 
@@ -69,7 +69,7 @@ class Sample:
         return [text for _, text in sorted(self._heap)]
 
 
-def train(texts: list[str], config: TokenizerConfig) -> Tokenizer:
+def train(texts: list[str], config: TokenizerConfig) -> SentencePieceTokenizer:
     """Train a model on `texts`; the same texts give the same model.
 
     Raises:
@@ -101,10 +101,10 @@ def train(texts: list[str], config: TokenizerConfig) -> Tokenizer:
         )
     except RuntimeError as error:
         raise UserError(_training_error(str(error), config.vocab_size)) from error
-    return Tokenizer(model.getvalue())
+    return SentencePieceTokenizer(model.getvalue())
 
 
-def train_on_corpus(config: Config, progress: Callable[[int], None]) -> tuple[Tokenizer, dict[str, float]]:
+def train_on_corpus(config: Config, progress: Callable[[int], None]) -> tuple[SentencePieceTokenizer, dict[str, float]]:
     """Train on a sample of corpus.train; the documents of the valid split, at least 1 % of all, are held back.
 
     Returns:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rnnlm.config import Config
 from rnnlm.data.stream import TokenStream
-from rnnlm.data.tokenizer import Tokenizer
+from rnnlm.data.tokenizer import Tokenizer, find
 from rnnlm.errors import UserError
 from rnnlm.model.evaluate import Evaluation, evaluate
 from rnnlm.model.language_model import RecurrentLM
@@ -26,7 +26,7 @@ def evaluate_run(config: Config) -> Evaluation:
         UserError: no run, no stream, or a stream of another tokenizer.
     """
     stream = TokenStream(Path(config.stream.directory) / config.eval.split)
-    own = Path(config.run.directory) / "tokenizer.model"  # not there after training on a stream without one
+    own = find(config.run.directory)  # not there after training on a stream without one
     if stream.manifest.tokenizer != (Tokenizer.load(own).digest if own.exists() else ""):
         way_out = f"build or adopt it with {own}" if own.exists() else f"there is no {own}: adopt it without one"
         raise UserError(f"{stream.directory}: built with another tokenizer than the run's; {way_out}")

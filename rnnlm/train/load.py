@@ -45,7 +45,7 @@ def load_model(config: Config, path: Path, device: torch.device) -> tuple[Recurr
     state = check_state(found.state, path)
     tokenizer = None
     if state.tokenizer:
-        tokenizer = Tokenizer.load(Path(config.run.directory) / "tokenizer.model", state.tokenizer)
+        tokenizer = Tokenizer.load(config.run.directory, state.tokenizer)
 
     # before a model of that size takes memory
     vocab_size = tokenizer.vocab_size if tokenizer else state.vocab_size

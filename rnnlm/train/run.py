@@ -136,7 +136,7 @@ def record_attempt(config: Config, run: Run) -> None:
         if not stacks.stat().st_size:
             stacks.unlink()
 
-    files = {"tokenizer.model": run.tokenizer.model} if run.tokenizer else {}
+    files = {run.tokenizer.file_name: run.tokenizer.model} if run.tokenizer else {}
     files["config.yaml"] = dump_yaml(config, TRAINING_SECTIONS).encode()
     for name, data in files.items():
         write_file(run.directory / name, data, alone=True)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from rnnlm.data import encoder as encoder_module
 from rnnlm.data import word_table
 from rnnlm.data.encoder import Encoder
+from rnnlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rnnlm.data.tokenizer import Tokenizer
 
 TEXTS = [
@@ -34,7 +35,7 @@ def model(**options: Any) -> Tokenizer:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS), model_writer=out, minloglevel=2, **{**defaults, **options}
     )
-    return Tokenizer(out.getvalue())
+    return SentencePieceTokenizer(out.getvalue())
 
 
 def keeping(**options: Any) -> dict[str, Any]:

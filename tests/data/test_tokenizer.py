@@ -14,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rnnlm.config import TokenizerConfig
+from rnnlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.data.tokenizer_training import Sample, train
 from rnnlm.errors import UserError
@@ -86,12 +87,12 @@ def test_foreign_models(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x.model: No such file.*train_tokenizer.py"):
         Tokenizer.load(tmp_path / "x.model")
     with pytest.raises(UserError, match="not a SentencePiece model"):
-        Tokenizer(b"nonsense")
+        SentencePieceTokenizer(b"nonsense")
 
     out = io.BytesIO()
     options = {"sentence_iterator": iter(TEXTS), "model_writer": out, "vocab_size": 60, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(**options, model_type="bpe")  # no byte fallback, its own ids
-    theirs = Tokenizer(out.getvalue())
+    theirs = SentencePieceTokenizer(out.getvalue())
     ids = theirs.encode("anna sees Q")
     decoder = theirs.decoder()
     assert "".join(map(decoder.push, ids)) + decoder.finish() == theirs.decode(ids) == "anna sees  ⁇ "
@@ -100,7 +101,7 @@ def test_foreign_models(tmp_path: Path) -> None:
     options = {"sentence_iterator": iter(TEXTS), "model_writer": out, "vocab_size": 60, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(**options, model_type="bpe", eos_id=-1)
     with pytest.raises(UserError, match="has no EOS piece"):
-        Tokenizer(out.getvalue())
+        SentencePieceTokenizer(out.getvalue())
 
 
 def test_sample_is_bounded_and_ignores_order() -> None:

@@ -92,7 +92,7 @@ def run_file_task(context: BuildContext, task: FileTask) -> None:
 
 def make_shard(work: Path, path: Path, selections: Sequence[Selection], first: int, last: int) -> None:
     """Write one shard, then beside its directory what the manifest says of it."""
-    tokenizer = Tokenizer.load(work / "tokenizer.model")
+    tokenizer = Tokenizer.load(work)
     write_json(_entry_path(path), write_shard(path, tokens_of(selections, first, last), tokenizer))
 
 
@@ -225,7 +225,7 @@ class Assembler:
             rejected_sha256=self._write_rejected(target, partial / "rejected.jsonl"),
         )
 
-        files.write(partial / "tokenizer.model", Path.write_bytes, self.tokenizer.model)
+        files.write(partial / self.tokenizer.file_name, Path.write_bytes, self.tokenizer.model)
         return commit(partial, self.context.stream_path(target), manifest)
 
     def _write_shards(self, partial: Path, selections: Sequence[Selection], tokens: int) -> list[dict[str, Any]]:

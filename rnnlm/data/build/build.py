@@ -50,7 +50,7 @@ def encode_job(context: BuildContext, job: Job) -> None:
         UserError: a bad record, unless those are skipped.
     """
     if getattr(_local, "digest", "") != context.digest:
-        tokenizer = Tokenizer.load(context.work / "tokenizer.model")
+        tokenizer = Tokenizer.load(context.work)
         assert tokenizer.digest == context.digest
         _local.encoder, _local.digest = Encoder(tokenizer), context.digest
 
@@ -197,8 +197,8 @@ class Build:
         if not work.exists() and strict.exists() and not shared:
             strict.rename(work)
         (work / "units").mkdir(parents=True, exist_ok=True)
-        if not (work / "tokenizer.model").exists():
-            files.write_file(work / "tokenizer.model", self.tokenizer.model)
+        if not (work / self.tokenizer.file_name).exists():
+            files.write_file(work / self.tokenizer.file_name, self.tokenizer.model)
 
         if not shared:  # else other tasks may be writing what seems left over
             for other in {*others, strict} - {work}:
