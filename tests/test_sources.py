@@ -18,8 +18,8 @@ GROUND = ("errors", "hashing", "files", "knob", "config", "cli")
 ALONE = {"checkpoint"}  # rooms that import from the ground floor alone
 TORCH = {"data/substreams", "model", "checkpoint", "train"}  # where torch may be imported
 HOMES = {
-    "sentencepiece": "data/sentencepiece_tokenizer data/tokenizer_training",
-    "numba": "data/word_keys data/word_table data/bpe_kernels",
+    "sentencepiece": "data/sentencepiece_tokenizer data/tokenizer_training tools/fuzz_encoder",
+    "numba": "data/kernels",
     "pyarrow": "data/parquet",
     "distributed": "data/build/executor",
     "safetensors": "checkpoint/safetensors_file",

@@ -2,13 +2,13 @@
 
     python tools/fuzz_encoder.py                                   # 20 models, 1,000 texts each
     python tools/fuzz_encoder.py --models 1000 --workers 2         # a million texts
-    python tools/fuzz_encoder.py --seed 7 --models 1 --first 12    # one model again, as a mismatch names it
+    python tools/fuzz_encoder.py --seed 7 --models 1 --first 12    # one model again: seed 7-12 of a mismatch
 
-Models are trained by SentencePiece on texts made up for each: all kinds, normalisations (random rules among them), white
-space settings, vocabularies; then many are edited as others edit theirs: equal scores, other orders, runs of spaces and
-line ends as pieces, user-defined and unused ones. Texts are made of the corpus' words, of the model's own pieces, and of
-what is odd in Unicode. Each text is encoded at once with others, and some also as long documents that come in blocks.
-Prints what the models were, and exits with 1 after a mismatch, which it prints with the seed.
+Models are trained by SentencePiece on texts made up for each: all kinds, normalisations (random rules among them),
+white space settings, vocabularies; then many are edited as others edit theirs: equal scores, other orders, runs of
+spaces and line ends as pieces, user-defined and unused ones. Texts are made of the corpus' words, of the model's own
+pieces, and of what is odd in Unicode. Each text is encoded at once with others, and some also as long documents that
+come in blocks. Prints what the models were, and exits with 1 after a mismatch, which it prints with the seed.
 """
 
 import argparse
@@ -35,8 +35,9 @@ SPACES = " \t\n\r\x0b\x0c\x00\x1c\x1f\x85\xa0\u1680\u2000\u200a\u200b\u200d\u202
 MARKS = "\u0300\u0301\u0308\u0345\u3099\u20dd\ufe0f\u0e33"
 ODD = SPACES + MARKS + "¨´¯ﷺﹰ゛‗ﬀİıſKÅẞ<>anebdox.'é漢字🎉Ⅷｆ½"
 ENDS = [" ", " ", " ", " ", "  ", "\n", "\n\n", " \n", "\n  ", "\t", "\r\n", ".\n", ";\r\n", ")\n"]
-SYMBOLS = ["<user>", "[INST]", "the", "x", "é", "\n", "▁a", "a▁b", "a b", "}\n", "\n\n", "<", "e", "1.", "ab", "bc"]
-EDITS = ("none", "none", "equal", "classes", "shuffled", "spaces", "line ends", "symbols", "unused", "fewer")
+SYMBOLS = ["<user>", "[INST]", "the", "x", "é", "\n", "}\n", "\n\n", "<", "e", "1.", "ab", "bc"]
+EDITS = ["none", "equal", "classes", "shuffled", "spaces", "line ends", "symbols", "unused", "fewer"]
+OFTEN = [6, 4, 4, 2, 3, 4, 2, 1, 2]  # how often each of them, of 28
 
 
 def make_words(draw: random.Random) -> list[str]:
@@ -101,6 +102,8 @@ def make_options(draw: random.Random) -> dict[str, Any]:
     }
     if rarely(0.3):
         options["user_defined_symbols"] = draw.sample(SYMBOLS, draw.randint(1, 4))
+    if rarely(0.03):
+        options["user_defined_symbols"] = draw.choice(["▁a", "a▁b", "a b"])
     if rarely(0.2):
         options["control_symbols"] = ["<ctrl>", "[PAD]"]
     return options
@@ -129,7 +132,7 @@ def train(draw: random.Random, words: list[str]) -> tuple[Any, str]:
 
 def edit(model: Any, draw: random.Random) -> str:
     """Change a model as people change theirs; returns how."""
-    kind = draw.choice(EDITS)
+    kind = draw.choices(EDITS, OFTEN)[0]
     normal = [piece for piece in model.pieces if piece.type == piece.NORMAL]
     longer = [piece for piece in normal if len(piece.piece) > 1]
     if kind == "equal":
@@ -222,7 +225,7 @@ def try_model(seed: str, count: int) -> tuple[str, int, str]:
         except (RuntimeError, ValueError, UserError):
             continue  # options that SentencePiece does not take together, or a model that makes nothing of "a"
 
-    encoder = Encoder(tokenizer, batch_bytes=draw.choice([64, 1024, 2**17]))
+    encoder = Encoder(tokenizer, batch_bytes=draw.choice([64, 2**10, 2**17]), max_words=draw.choice([2**5, 2**12]))
     texts = make_texts(draw, words, [tokenizer.piece(token) for token in range(tokenizer.vocab_size)], count)
     wrong = differing(encoder, texts)
     if not wrong and not encoder.why_whole:

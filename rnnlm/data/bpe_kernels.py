@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
+from rnnlm.data.kernels import inlined, kernel
 from rnnlm.data.word_keys import ODD, Array, U, hash_key, make_key, mix, same_bytes
 from rnnlm.data.word_table import FIRST, LAST, NEW, SPACE
 
@@ -42,7 +42,7 @@ class BpeTables(NamedTuple):
     symbol_starts: Array  # (256,) bool, first bytes of user-defined symbols: words that hold one are SentencePiece's
 
 
-@numba.njit(inline="always")
+@inlined
 def _find_piece(text: Array, start: Any, end: Any, piece_slots: Array, piece_bytes: Array, piece_ends: Array) -> Any:
     """The number of the piece text[start:end], or 0; text (bytes,) uint8, the others as in BpeTables."""
     low, high = make_key(text, start, end, 0)
@@ -61,7 +61,7 @@ def _find_piece(text: Array, start: Any, end: Any, piece_slots: Array, piece_byt
     return 0
 
 
-@numba.njit(inline="always")
+@inlined
 def _find_merge(left: Any, right: Any, merges: Array) -> Any:
     """The number of the piece that two pieces make, or 0; merges as in BpeTables."""
     key = U(left) << U(PIECE_BITS) | U(right)
@@ -74,7 +74,7 @@ def _find_merge(left: Any, right: Any, merges: Array) -> Any:
     return 0
 
 
-@numba.njit(inline="always")
+@inlined
 def _put_merge(merge: Any, merges: Array) -> None:
     """Put a merge, uint64, into a table of them."""
     slot = np.int64(mix((merge >> U(PIECE_BITS)) * ODD)) & (len(merges) - 1)
@@ -83,7 +83,7 @@ def _put_merge(merge: Any, merges: Array) -> None:
     merges[slot] = merge
 
 
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+@kernel
 def index_pieces(tables: BpeTables) -> bool:
     """Fill piece_slots and merges from piece_bytes and piece_ends.
 
@@ -118,14 +118,14 @@ def index_pieces(tables: BpeTables) -> bool:
     return True
 
 
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+@kernel
 def copy_merges(found: Array, merges: Array) -> None:
     """Put the merges found (merges,) uint64 into an empty table (2^k,) uint64."""
     for merge in found:
         _put_merge(merge, merges)
 
 
-@numba.njit(inline="always")
+@inlined
 def _count_words(text: Array, start: Any, end: Any) -> Any:
     """len(text.split()) of str.split, of text (bytes,) uint8: between Unicode's white space; -1 if there is a NUL."""
     count, inside, place = 0, False, start
@@ -157,7 +157,7 @@ def _count_words(text: Array, start: Any, end: Any) -> Any:
     return count
 
 
-@numba.njit(inline="always")
+@inlined
 def _apply_rule(
     word: Array, place: Any, end: Any, out: Array, written: Any, trie: Array, replacements: Array
 ) -> tuple[Any, Any]:
@@ -192,7 +192,7 @@ def _apply_rule(
     return place + size, written + size
 
 
-@numba.njit(inline="always")
+@inlined
 def _merge_symbols(
     text: Array, symbols: Any, begins: Array, piece: Array, after: Array, before: Array, joined: Array, rank: Array,
     double: Array, merges: Array, ranks: Array,
@@ -248,7 +248,7 @@ def _merge_symbols(
             rank[previous] = ranks[number] << 8 | (255 - previous) * (number != 0)
 
 
-@numba.njit(inline="always")
+@inlined
 def _write_pieces(
     text: Array, symbols: Any, begins: Array, piece: Array, after: Array, ids: Array, used: Any,
     piece_ids: Array, byte_ids: Array,
@@ -273,7 +273,7 @@ def _write_pieces(
     return written
 
 
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+@kernel
 def segment_words(
     keys: Array, key_ends: Array, kinds: Array, first: int, last: int, white: Array, tables: BpeTables,
     entries: Array, ids: Array, used: int,

@@ -9,8 +9,8 @@ SentencePiece for each in its context:
 
 Otherwise the text is encoded whole: by model (`why_whole`: unigram, pieces that span words, rules that touch white
 space), and by text, when a word's ids change with what follows it (a normalisation that leaves a space at its end, for
-example). The table is bounded; its contents never show in the result. The price: about 70 MiB, a second to compile the
-kernels where numba has not yet cached them, and no gain for scripts written without spaces.
+example). The table is bounded; its contents never show in the result. The price: about 70 MiB, ten seconds to compile
+the kernels where no process has done so before (`prepare`), and no gain for scripts written without spaces.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rnnlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rnnlm.data.sentencepiece_words import SentencePieceWords
 from rnnlm.data.tokenizer import Tokenizer, token_dtype
 from rnnlm.data.word_keys import Array
-from rnnlm.data.word_table import BEGINS, FIRST, LAST, NEW, NO_IDS, WordTable
+from rnnlm.data.word_table import BEGINS, FIRST, LAST, MAX_WORDS, NEW, NO_IDS, WordTable
 from rnnlm.data.words import NoWords, TableWords, Words
 
 BATCH_BYTES = 2**17  # of text looked up at once: what is written then still lies in the cache when it is read
@@ -36,8 +36,14 @@ class Encoder:
     `why_whole`: why texts are encoded whole under this tokenizer; empty where they are encoded by words.
     """
 
-    def __init__(self, tokenizer: Tokenizer, batch_bytes: int = BATCH_BYTES):
-        """Read the tokenizer's rules, and take the memory of the table; `batch_bytes` of text are looked up at once."""
+    def __init__(self, tokenizer: Tokenizer, batch_bytes: int = BATCH_BYTES, max_words: int = MAX_WORDS):
+        """Read the tokenizer's rules, and take all memory.
+
+        Args:
+            tokenizer: of any kind.
+            batch_bytes: of text looked up at once, and the most of a long document.
+            max_words: held in the table; a power of two.
+        """
         self.tokenizer = tokenizer
         self.dtype = np.dtype(token_dtype(tokenizer.vocab_size))
         self._batch_bytes = batch_bytes
@@ -45,7 +51,7 @@ class Encoder:
         self._words = _words_of(tokenizer)
         self.why_whole = "" if self._is_bytes else self._words.why_whole
         if not self._words.why_whole:
-            self._table = WordTable(self.dtype, 2 * batch_bytes)
+            self._table = WordTable(self.dtype, 2 * batch_bytes, max_words)
 
     @property
     def path(self) -> str:
@@ -203,6 +209,17 @@ class Encoder:
             ids, counts = self._words.encode(texts, kind)
             table.set_ids(entries, ids, counts, [len(text.decode().split()) for text in texts])
         table.filled = last
+
+
+def prepare(tokenizer: Tokenizer) -> str:
+    """Compile what an encoder of this tokenizer calls, for this process and others; returns its `path`.
+
+    It takes ten seconds of a core, once for each version of the kernels: see `kernels`. Workers that start after it
+    find all compiled.
+    """
+    encoder = Encoder(tokenizer, batch_bytes=16, max_words=2)  # small, so that the table also forgets
+    encoder.encode([b"a b c d e f"] * 2)
+    return encoder.path
 
 
 def _words_of(tokenizer: Tokenizer) -> Words:
