@@ -20,11 +20,14 @@ def main() -> None:
     """Read the configuration, build, print what was built."""
     config = read_config(("corpus", "tokenizer", "stream", "build"), __doc__)
     from rnnlm.data.build.build import Build, progress_bar, tokenizer_path
+    from rnnlm.data.encoder import prepare
     from rnnlm.data.tokenizer import Tokenizer
 
     build = Build(config, Tokenizer.load(tokenizer_path(config)))
     if len(build.finished()) == len(build.splits):
         print("already built:")
+    else:
+        print(prepare(build.tokenizer), flush=True)
     with progress_bar(itertools.chain(*build.inputs.values()), "building") as progress:
         manifests = build.run(progress)
 

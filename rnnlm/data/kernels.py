@@ -19,24 +19,26 @@ from typing import Any, TypeVar
 
 import numba
 
+settings: Any = numba.config
+compile_with: Any = numba.njit
 Function = TypeVar("Function", bound=Callable[..., Any])
 SOURCES = ("kernels", "word_keys", "word_table", "bpe_kernels")  # modules with code that is compiled
 
 
 def inlined(function: Function) -> Function:
     """A helper that is compiled into each kernel that calls it."""
-    made: Function = numba.njit(inline="always")(function)
+    made: Function = compile_with(inline="always")(function)
     return made
 
 
 def kernel(function: Function) -> Function:
     """A compiled function, which checks no bounds."""
-    before = numba.config.CACHE_DIR
+    before = settings.CACHE_DIR
     try:
-        numba.config.CACHE_DIR = CACHE  # numba reads it here, and never again for this function
-        made: Function = numba.njit(cache=bool(CACHE), boundscheck=False, error_model="numpy")(function)
+        settings.CACHE_DIR = CACHE  # numba reads it here, and never again for this function
+        made: Function = compile_with(cache=bool(CACHE), boundscheck=False, error_model="numpy")(function)
     finally:
-        numba.config.CACHE_DIR = before
+        settings.CACHE_DIR = before
     return made
 
 
@@ -59,8 +61,8 @@ def cache_directory(package: Path) -> str:
 
 def _parents(package: Path) -> Iterator[Path]:
     """Where that directory may lie, the best first."""
-    if numba.config.CACHE_DIR:
-        yield Path(numba.config.CACHE_DIR)
+    if settings.CACHE_DIR:
+        yield Path(settings.CACHE_DIR)
     yield package / "__pycache__"
     yield Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "rnnlm"
 
