@@ -67,8 +67,8 @@ def _parents(package: Path) -> Iterator[Path]:
     yield Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "rnnlm"
 
     # what is loaded from here is run: nobody else may write there
-    directory = Path(tempfile.gettempdir()) / f"rnnlm-{os.getuid()}"
     try:
+        directory = Path(tempfile.gettempdir()) / f"rnnlm-{os.getuid()}"
         directory.mkdir(mode=0o700, exist_ok=True)
         found = directory.lstat()
     except OSError:
