@@ -53,24 +53,34 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The SentencePiece model that turns text into tokens."""
+    """What turns text into tokens."""
 
     model: str = ""
-    """Path of the .model file to write or use; empty: tokenizer.model in stream.directory."""
-    kind: Literal["bpe", "unigram", "char"] = "bpe"
-    """Byte-pair encoding (Sennrich et al. 2016), unigram (Kudo 2018) or characters; all fall back to bytes."""
-    vocab_size: int = knob(16000, at_least=1)
-    """Number of pieces, the 256 bytes, <unk> and </s> included."""
+    """Path of the file to write or use; empty: in stream.directory, as tokenizer.model, words.txt or bytes.txt."""
+    table: str = ""
+    """A tokens.txt, as of a speech recogniser, whose ids the pieces of tokenizer.model are to have; without that, the
+    words or characters of the table are the tokens."""
+    eos_piece: str = ""
+    """The piece that ends documents, as <sos/eos>; empty: the model's own, or </s>."""
+    kind: Literal["bpe", "unigram", "char", "word", "byte"] = "bpe"
+    """By SentencePiece byte-pair encoding (Sennrich et al. 2016), unigram (Kudo 2018) or characters, which all fall
+    back to bytes; word: what stands between white space, for text that is already tokenised; byte: those of UTF-8."""
+    vocab_size: int = knob(0, at_least=0, at_most=2**24)
+    """Number of pieces, the 256 bytes, <unk> and </s> included; of words and characters, the most. 0: all words and
+    characters; else by the size of the text, from 512 for 1 MB to 32,768 above 6 GB."""
+    min_count: int = knob(1, at_least=1)
+    """Of words: those that the corpus has less often are unknown."""
     character_coverage: float = knob(0.9995, at_least=0.98, at_most=1)
     """Share of the sample's characters that get a piece of their own; the rest is encoded as bytes."""
-    normalization: Literal["identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"] = "nmt_nfkc"
-    """SentencePiece's normalisation; the _cf forms also fold case; identity changes nothing."""
+    normalization: Literal["auto", "identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"] = "auto"
+    """SentencePiece's normalisation; the _cf forms also fold case; identity changes nothing; the nmt forms make spaces
+    of line ends and tabs. auto: nmt_nfkc, or nfkc with keep_whitespace."""
     keep_whitespace: bool = False
     """Keep runs of spaces, tabs and line ends (source code, poems) instead of collapsing them."""
     user_defined_symbols: list[str] = knob([])
     """Texts that are always one token."""
     sample_bytes: int = knob(64 * 2**20, at_least=1)
-    """Text to train on: a seeded sample of the corpus of at most this size, held in memory."""
+    """Text to train SentencePiece on: a seeded sample of the corpus of at most this size, held in memory."""
     seed: int = knob(0, at_least=0, below=2**63)
     """Chooses the sample."""
 
@@ -300,7 +310,15 @@ class Config:
         found = [fault for key, value in values.items() if (fault := declared[key].fault(key, value))]
         if None in values.values():
             return found  # what follows computes with them
-        return found + self._accumulation_faults() + self._slice_faults() + self._change_faults()
+        parts = (self._tokenizer_faults, self._accumulation_faults, self._slice_faults, self._change_faults)
+        return found + [fault for part in parts for fault in part()]
+
+    def _tokenizer_faults(self) -> list[str]:
+        kept, rules = self.tokenizer.keep_whitespace, self.tokenizer.normalization
+        if not kept or not rules.startswith("nmt_"):
+            return []
+        found = f"tokenizer.normalization={rules}: makes spaces of line ends and tabs, which"
+        return [f"{found} tokenizer.keep_whitespace={kept} is to keep; use {rules.removeprefix('nmt_')} or identity"]
 
     def _accumulation_faults(self) -> list[str]:
         size, micro_batches = self.train.global_batch_size, self.train.accumulation

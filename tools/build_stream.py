@@ -19,11 +19,11 @@ from rnnlm.cli import read_config, run_entry_point
 def main() -> None:
     """Read the configuration, build, print what was built."""
     config = read_config(("corpus", "tokenizer", "stream", "build"), __doc__)
-    from rnnlm.data.build.build import Build, progress_bar, tokenizer_path
+    from rnnlm.data.build.build import Build, progress_bar
     from rnnlm.data.encoder import prepare
-    from rnnlm.data.tokenizer import Tokenizer
+    from rnnlm.data.tokenizer_choice import load_tokenizer
 
-    build = Build(config, Tokenizer.load(tokenizer_path(config)))
+    build = Build(config, load_tokenizer(config))
     if len(build.finished()) == len(build.splits):
         print("already built:")
     else:

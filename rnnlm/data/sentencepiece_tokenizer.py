@@ -36,7 +36,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"{name}: not a SentencePiece model; {TRAIN}") from error
 
         if self.eos_id < 0:
-            raise UserError(f"{name}: has no EOS piece; train it with --eos_id, or use tools/train_tokenizer.py")
+            raise UserError(f"{name}: has no EOS piece; name the piece that ends texts with tokenizer.eos_piece")
         if not first:
             raise UserError(f"{name}: makes nothing of a text; train another with tools/train_tokenizer.py")
         # whether a text is encoded as if a space stood before it, which a decoder takes away again
@@ -99,10 +99,17 @@ class SentencePieceTokenizer(Tokenizer):
         return piece.replace(META, " ").encode()
 
 
-def parse(model: bytes) -> Any:
-    """A serialized model as SentencePiece's protocol buffer."""
+def parse(model: bytes, name: str = "tokenizer") -> Any:
+    """A serialized model as SentencePiece's protocol buffer.
+
+    Raises:
+        UserError: it is none.
+    """
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    proto.ParseFromString(model)
+    try:
+        proto.ParseFromString(model)
+    except Exception as error:  # protobuf's DecodeError has no place of its own in all versions
+        raise UserError(f"{name}: not a SentencePiece model ({error}); {TRAIN}") from error
     return proto

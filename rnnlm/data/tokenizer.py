@@ -138,8 +138,8 @@ def find(directory: str | Path, digest: str = "") -> Path:
     return found[0] if found else Path(directory) / "tokenizer.model"
 
 
-def read_bounded(path: Path) -> bytes:
-    """The bytes of a tokenizer's file.
+def read_bounded(path: Path, key: str = "tokenizer.model", way_out: str = TRAIN) -> bytes:
+    """The bytes of a tokenizer's file; `key` is the option that names it.
 
     Raises:
         UserError: missing, empty, no file, or larger than any model.
@@ -149,9 +149,9 @@ def read_bounded(path: Path) -> bytes:
         usable = path.is_file() and size <= MODEL_BYTES  # opening a pipe would wait for its writer
         model = path.read_bytes() if usable else b""
     except OSError as error:
-        raise UserError(f"tokenizer.model={path}: {error.strerror}; {TRAIN}") from error
+        raise UserError(f"{key}={path}: {error.strerror}; {way_out}") from error
     if not model:
-        raise UserError(f"{path}: {size} bytes are no SentencePiece model; {TRAIN}")
+        raise UserError(f"{path}: {size} bytes are no tokenizer; {way_out}")
     return model
 
 

@@ -49,7 +49,7 @@ class WordTokenizer(Tokenizer):
         self.by_characters = bool(special.get("characters"))
         # these have an id, but are nothing that a text can say
         self._silent = {special["eos"], self._space, *special.get("silent", [])} - {""}
-        self._known = {piece: token for piece, token in self._ids.items() if piece not in self._silent}
+        self.known = {piece: token for piece, token in self._ids.items() if piece not in self._silent}
 
     @property
     def description(self) -> str:
@@ -69,7 +69,7 @@ class WordTokenizer(Tokenizer):
 
     def word_ids(self, words: Sequence[str], first: bool) -> list[list[int]]:
         """The ids of each; a text that str.split cuts further has those of its parts."""
-        known, unknown = self._known, self.unknown_id
+        known, unknown = self.known, self.unknown_id
         if not self.by_characters:
             return [[known.get(part, unknown) for part in word.split()] for word in words]
 

@@ -12,9 +12,11 @@ from itertools import chain
 
 import numpy as np
 
+from rnnlm.data.known_words import KnownWords
 from rnnlm.data.tokenizer import Tokenizer, token_dtype
 from rnnlm.data.word_keys import Array
 from rnnlm.data.word_table import BEGINS, FIRST, NEW, NO_IDS, RUN, SPACE, WordTable
+from rnnlm.data.word_tokenizer import WordTokenizer
 
 ASCII_SPACES = (9, 10, 11, 12, 13, 32)
 
@@ -61,11 +63,17 @@ class NoWords(Words):
 class TableWords(Words):
     """The words of a tokenizer that tells the ids of each."""
 
-    why_not_compiled = "they are in its own table"
-    keep_runs, first_differs = False, True
+    keep_runs = False
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
+        self._known: KnownWords | None = None
+        self.first_differs = True
+        if isinstance(tokenizer, WordTokenizer) and not tokenizer.by_characters:
+            self.first_differs = False
+            self._known = KnownWords(tokenizer.known, tokenizer.unknown_id)
+        else:
+            self.why_not_compiled = "a word may have several"
         self.white = np.zeros(256, np.uint8)
         self.white[list(ASCII_SPACES)] = RUN | BEGINS | SPACE
 
@@ -75,3 +83,10 @@ class TableWords(Words):
         nothing = NO_IDS if kind == FIRST else 0  # white space alone: the next word may be the first one
         sizes = [len(ids) or nothing for ids in each]
         return np.fromiter(chain.from_iterable(each), token_dtype(self._tokenizer.vocab_size)), np.array(sizes)
+
+    def fill(self, table: WordTable, first: int, last: int) -> None:
+        """As Words, from a table of all words."""
+        if self._known:
+            self._known.fill(table, first, last)
+        else:
+            super().fill(table, first, last)

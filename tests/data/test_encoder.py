@@ -132,7 +132,7 @@ Score = Callable[[int, float], float]
 
 
 def edited(tokenizer: Tokenizer, added: dict[str, float], score: Score) -> Tokenizer:
-    """A model with more pieces and other scores, as other people's have them; score: of a piece's number and its own."""
+    """A model with more pieces and other scores, as other people's have them; score: of a number and its own score."""
     proto = parse(tokenizer.model)
     there = {piece.piece for piece in proto.pieces}
     for piece, own in added.items():
@@ -145,7 +145,8 @@ def edited(tokenizer: Tokenizer, added: dict[str, float], score: Score) -> Token
 
 CODE = [
     "if (anna  sees) {\r\n    the cat;\r\n}\r\n", "a {\r", "{\r{\r \r\n", "(the\n)\nanna)\n )", "\n\n\n",
-    " \n x\t\t\ty", "x\n", "\nx", "a" + " " * 40 + "b" + " " * 7 + "c  ", "see" * 30, "cat\n" * 30, "the dog\u2581\u2581 \u2581x", "",
+    " \n x\t\t\ty", "x\n", "\nx", "a" + " " * 40 + "b" + " " * 7 + "c  ", "see" * 30, "cat\n" * 30,
+    "the dog\u2581\u2581 \u2581x", "",
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_text
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rnnlm.config import Config, CorpusConfig, StreamConfig, TokenizerConfig
@@ -38,6 +38,7 @@ TEXT = st.lists(
 
 
 @pytest.mark.parametrize("name", ["byte", "word", "characters", "no space"])
+@settings(max_examples=30)
 @given(texts=st.lists(TEXT | st.text(), min_size=1, max_size=5), size=st.integers(1, 9))
 def test_the_encoder_gives_what_the_tokenizer_does(name: str, texts: list[str], size: int) -> None:
     tokenizer = KINDS[name]

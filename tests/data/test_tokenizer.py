@@ -1,9 +1,8 @@
-"""Tokenizer: nothing is unknown, streaming equals decoding, samples are bounded and ignore order."""
+"""Tokenizers that are trained: nothing is unknown, streaming equals decoding; vocabularies fit their text."""
 
 from __future__ import annotations
 
 import io
-import random
 import re
 from pathlib import Path
 
@@ -13,10 +12,10 @@ from conftest import make_text
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rnnlm.config import TokenizerConfig
+from rnnlm.config import Config, TokenizerConfig
 from rnnlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rnnlm.data.tokenizer import Tokenizer
-from rnnlm.data.tokenizer_training import Sample, train
+from rnnlm.data.tokenizer_training import out_of_proportion, train, vocab_size_for, word_table
 from rnnlm.errors import UserError
 
 TEXTS = make_text(300)
@@ -104,23 +103,58 @@ def test_foreign_models(tmp_path: Path) -> None:
         SentencePieceTokenizer(out.getvalue())
 
 
-def test_sample_is_bounded_and_ignores_order() -> None:
-    texts = make_text(2000, seed=1)
-    shuffled = random.Random(0).sample(texts, len(texts))
-    samples = [Sample(10_000, seed) for seed in (0, 0, 1)]
-    for sample, source in zip(samples, (texts, shuffled, texts), strict=True):
-        for text in source:
-            sample.add(text)
-            assert sample.kept_bytes <= 10_000
-    assert samples[0].texts() == samples[1].texts() != samples[2].texts()
-    assert samples[0].kept_bytes == sum(len(text.encode()) for text in samples[0].texts()) > 9_500
-    assert samples[0].seen_bytes == sum(len(text.encode()) for text in texts)
+def test_line_ends_and_tabs_are_kept_where_white_space_is() -> None:
+    kept = train(TEXTS, TokenizerConfig(vocab_size=300, keep_whitespace=True))
+    text = "def f():\n\tif x:\n\t\treturn  1\r\n"
+    assert kept.decode(kept.encode(text)) == text
+    assert kept.decode(kept.encode("Ａ")) == "A", "other characters are normalised all the same"
+    assert train(TEXTS, TokenizerConfig(vocab_size=300, normalization="nmt_nfkc")).model == KINDS["bpe"].model
+
+    rules = TokenizerConfig(keep_whitespace=True, normalization="nmt_nfkc_cf")
+    assert Config(tokenizer=rules).faults() == [
+        "tokenizer.normalization=nmt_nfkc_cf: makes spaces of line ends and tabs, which "
+        "tokenizer.keep_whitespace=True is to keep; use nfkc_cf or identity"
+    ]
 
 
-def test_long_documents_enter_the_sample_whole_in_excerpts() -> None:
-    sample = Sample(10**6, 0)
-    text = " ".join(f"word{i}" for i in range(20_000)) + "x" * 50_000
-    sample.add(text)
-    assert sample.seen_bytes == len(text)
-    assert sorted("".join(sample.texts())) == sorted(text)
-    assert max(map(len, sample.texts())) <= 16_384
+def test_a_text_with_sentencepieces_own_sign_is_not_left_out() -> None:
+    """SentencePiece's trainer drops every text that holds U+2585."""
+    texts = [*TEXTS, *["zebra quiz \u2585 zebra quiz"] * 50]
+    tokenizer = train(texts, TokenizerConfig(vocab_size=320))
+    assert "z" in {tokenizer.piece(token) for token in range(tokenizer.vocab_size)}, "no other text has it"
+    assert tokenizer.decode(tokenizer.encode("a \u2585 b")) == "a \u2585 b"
+
+
+def test_the_vocabulary_follows_the_size_of_the_text() -> None:
+    sizes = {1e3: 512, 1e6: 512, 1e7: 2048, 3e7: 4096, 1e8: 8192, 1e9: 16384, 1e10: 32768, 1e13: 32768}
+    assert {size: vocab_size_for(int(size)) for size in sizes} == sizes
+
+    text = make_text(3000)
+    assert train(text, TokenizerConfig()).vocab_size == train(text, TokenizerConfig(), 10**6).vocab_size
+    assert train(TEXTS[:20], TokenizerConfig()).vocab_size < 512, "as many as a short text allows"
+    many = ["".join(chr(0x4E00 + (7 * i + j) % 3000) for j in range(60)) for i in range(300)]
+    assert train(many, TokenizerConfig(character_coverage=1.0)).vocab_size > 3000, "room for all characters"
+    assert train(TEXTS, TokenizerConfig(kind="char")).model == train(TEXTS, TokenizerConfig(kind="char")).model
+
+
+def test_a_vocabulary_out_of_proportion_is_said() -> None:
+    tokenizer = KINDS["bpe"]
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert out_of_proportion(tokenizer, TEXTS, 10**6, 3.0) == ""
+    unused = tokenizer.vocab_size - len({token for text in TEXTS for token in tokenizer.encode(text)})
+    assert out_of_proportion(tokenizer, TEXTS, size, 3.0) == (
+        f"300 pieces are many for {size / 1e6:.1f} MB of text: {size / 3 / 300:.0f} tokens for each, and {unused} "
+        f"occur nowhere in {size / 1e6:.1f} MB of it; tokenizer.vocab_size=512 would fit, which 0 chooses"
+    )
+
+
+def test_words_are_counted_most_frequent_first_and_ties_go_by_their_bytes() -> None:
+    counts = {"b": 2, "a": 2, "é": 2, "c": 5, "rare": 1, "<unk>": 9, "</s>": 4}
+    table = word_table(counts, TokenizerConfig(kind="word", min_count=2))
+    assert [table.piece(token) for token in range(table.vocab_size)] == ["<unk>", "</s>", "c", "a", "b", "é"]
+    reverse = word_table(dict(reversed(counts.items())), TokenizerConfig(kind="word", min_count=2))
+    assert reverse.model == table.model
+    assert word_table(counts, TokenizerConfig(kind="word", vocab_size=4)).vocab_size == 4
+    assert word_table(counts, TokenizerConfig(kind="word", eos_piece="<eos>")).piece(1) == "<eos>"
+    with pytest.raises(UserError, match=r"no word in it occurs tokenizer.min_count=10 times"):
+        word_table(counts, TokenizerConfig(kind="word", min_count=10))

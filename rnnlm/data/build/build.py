@@ -264,17 +264,6 @@ def parse_task(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def tokenizer_path(config: Config) -> str:
-    """Where the tokenizer lies: tokenizer.model, or in stream.directory.
-
-    Raises:
-        UserError: neither is set.
-    """
-    if not config.tokenizer.model and not config.stream.directory:
-        raise UserError("stream.directory is not set; give the directory for tokenizer and streams")
-    return config.tokenizer.model or str(Path(config.stream.directory) / "tokenizer.model")
-
-
 @contextmanager
 def progress_bar(inputs: Iterable[Source], verb: str) -> Iterator[Callable[[int], None]]:
     """A function to call with the number of bytes just read; shows MB/s and time left on a terminal."""
