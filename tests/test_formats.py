@@ -21,6 +21,7 @@ from rnnlm.data.build.build import Build
 from rnnlm.data.ring import Ring
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.substreams import SubstreamDataset
+from rnnlm.data.token_table import table_alone
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.train.load import load_model
@@ -112,6 +113,13 @@ def test_every_field_of_a_stream_is_documented(tmp_path: Path, tokenizer: Tokeni
     rejected = tmp_path / "built/train/rejected.jsonl"
     assert documented("rejected.jsonl") == fields_of(rejected)
     assert f"`{json.loads(rejected.read_text())['reason']}`" in TEXT
+
+
+def test_every_field_of_a_table_of_words_is_documented() -> None:
+    table = table_alone({"<unk>": 0, "</s>": 1, "a": 2, "<space>": 3, "<blk>": 4}, "")
+    head, *lines = table.model.decode().splitlines()
+    assert documented("words.txt") == {*json.loads(head.removeprefix("# rnnlm words 1 "))}
+    assert lines == ["<unk> 0", "</s> 1", "a 2", "<space> 3", "<blk> 4"]
 
 
 def test_every_field_of_a_run_is_documented(run: Path) -> None:

@@ -33,6 +33,7 @@ from rnnlm.data.adopt import adopt
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.stream_format import HEADER_BYTES
 from rnnlm.data.tokenizer import Tokenizer
+from rnnlm.data.word_tokenizer import WordTokenizer
 from rnnlm.errors import UserError
 from rnnlm.hashing import json_digest
 from rnnlm.train.state import check_state
@@ -208,21 +209,22 @@ class StreamFiles:
 
 
 class TokenizerFiles:
-    """tokenizer.model, where its digest is not known and where it is."""
+    """The file of a tokenizer, where its digest is not known and where it is."""
 
     errors = (UserError,)
     folder = "."
 
     def __init__(self, directory: Path, tokenizer: Tokenizer):
-        self.files, self.digest = {"tokenizer.model": tokenizer.model}, tokenizer.digest
+        self.name, self.digest = tokenizer.file_name, tokenizer.digest
+        self.files = {self.name: tokenizer.model}
 
     def mutate(self, draw: random.Random) -> Files:
-        return {"tokenizer.model": mutate_bytes(self.files["tokenizer.model"], draw)}
+        return {self.name: mutate_bytes(self.files[self.name], draw)}
 
     def read(self, directory: Path) -> None:
-        path = directory / "tokenizer.model"
-        if path.read_bytes() != self.files["tokenizer.model"]:
-            with pytest.raises(UserError, match="not the model that|no SentencePiece model"):
+        path = directory / self.name
+        if path.read_bytes() != self.files[self.name]:
+            with pytest.raises(UserError, match="not the model that|no tokenizer"):
                 Tokenizer.load(path, self.digest)
         tokenizer = Tokenizer.load(path)
         tokenizer.decode(tokenizer.encode("anna sees Zoë 漢字."))
@@ -281,10 +283,13 @@ class YamlFiles:
         assert isinstance(load_yaml(directory / "config.yaml"), dict)
 
 
+WORDS = WordTokenizer.of({"<unk>": 0, "</s>": 1, "anna": 2, "Zoë": 9}, eos="</s>", unknown="<unk>", silent=["#0"])
+
 READERS: dict[str, tuple[Callable[[Path, Tokenizer], Any], int]] = {
     "checkpoint": (CheckpointFiles, 600),
     "stream": (StreamFiles, 600),
     "tokenizer": (TokenizerFiles, 300),
+    "words": (lambda directory, tokenizer: TokenizerFiles(directory, WORDS), 200),
     "megatron": (MegatronFiles, 300),
     "yaml": (YamlFiles, 200),
 }

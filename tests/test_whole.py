@@ -133,7 +133,12 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         r"corpus.train: no text in it",
     ),
     "vocabulary too large": (
-        lambda given: (TOKENIZER, "--stream.directory=s", f"--corpus.train={given.file('a b')}"),
+        lambda given: (
+            TOKENIZER,
+            "--stream.directory=s",
+            f"--corpus.train={given.file('a b')}",
+            "--tokenizer.vocab_size=16000",
+        ),
         r"tokenizer.vocab_size=16000: larger than this text allows; use at most \d+",
     ),
     "no stream": (

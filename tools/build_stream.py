@@ -42,9 +42,12 @@ def main() -> None:
             f"{manifest.text_bytes / manifest.tokens:.3f} bytes per token, "
             f"{len(manifest.shards)} shard(s); records: {counts}"
         )
-        if manifest.unknown_tokens:
-            lost = f"warning: {manifest.unknown_tokens:,} tokens are unknown to the tokenizer, their text is lost"
-            print(f"{lost}; tools/train_tokenizer.py makes one that knows every text", file=sys.stderr)
+        unknown = f"{manifest.unknown_tokens:,} tokens are unknown to the tokenizer"
+        if manifest.unknown_tokens and build.tokenizer.encodes == "words":
+            print(f"  {unknown} ({manifest.unknown_tokens / manifest.tokens:.2%})")
+        elif manifest.unknown_tokens:
+            way_out = "tools/train_tokenizer.py makes one that knows every text"
+            print(f"warning: {unknown}, their text is lost; {way_out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

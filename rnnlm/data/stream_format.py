@@ -1,13 +1,13 @@
 """The token stream on disk: its files, its manifest, its headers.
 
     stream.json          the manifest, written last: without it there is no stream
-    tokenizer.model      the model that made the tokens
+    tokenizer.model      the tokenizer that made the tokens; words.txt or bytes.txt where it is of that kind
     shard-00000.npy ...  tokens, all documents in order, each ended by EOS; uint16, or uint32 above 65,536 pieces
     documents.npy        int64 (documents, 3): running totals of tokens, UTF-8 bytes of the text, words
     rejected.jsonl       if any record was rejected or repaired: {"file", "at", "reason"} a line; `at` is a byte or row
 
 An adopted stream (adopt.py) has links to another program's raw tokens instead, shard-00000.bin, without a header and
-unsigned of any width; tokenizer.model only if one was given; and 0, unknown, for all bytes and words.
+unsigned of any width; a tokenizer only if one was given; and 0, unknown, for all bytes and words.
 
 Everything is plain `.npy`, so ten lines of numpy read it. A file's digest is over the bytes behind its header, since
 the header holds the final count; the header is compared with the only one that dtype and count allow. The price of
@@ -42,7 +42,7 @@ class Manifest:
     dtype: str
     vocab_size: int
     eos_id: int
-    tokenizer: str  # sha256 of tokenizer.model; empty: adopted without one
+    tokenizer: str  # sha256 of the tokenizer's file; empty: adopted without one
     tokens: int
     documents: int
     text_bytes: int  # 0: unknown, as are the words, in an adopted stream

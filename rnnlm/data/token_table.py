@@ -29,7 +29,7 @@ SENTENCE_ENDS = ("</s>", "<sos/eos>", "<eos>", "<s>", "<sos>", "<bos>", "<pad>")
 UNKNOWNS = ("<unk>", "<UNK>", "[UNK]")
 SPACES = ("<space>", META)  # between words, in a table of characters
 DISAMBIGUATION = re.compile(r"#\d+")  # Kaldi's, of lexicons
-LARGEST = 2**24  # ids are below it
+LARGEST = 10**7  # ids are below it
 
 
 def read_table(path: Path) -> dict[str, int]:

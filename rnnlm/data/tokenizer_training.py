@@ -149,8 +149,9 @@ def out_of_proportion(tokenizer: Tokenizer, texts: Sequence[str], text_bytes: in
         texts: some of the text, in which pieces are looked for.
         text_bytes: of all of it.
     """
-    each = text_bytes / bytes_per_token / tokenizer.vocab_size
-    if each >= SCARCE_TOKENS:
+    size, fitting = tokenizer.vocab_size, vocab_size_for(text_bytes)
+    each = text_bytes / bytes_per_token / size
+    if each >= SCARCE_TOKENS or size <= fitting:
         return ""
 
     found, read = set[int](), 0
@@ -160,7 +161,7 @@ def out_of_proportion(tokenizer: Tokenizer, texts: Sequence[str], text_bytes: in
         if read > COUNTED_BYTES:
             break
     return (
-        f"{tokenizer.vocab_size:,} pieces are many for {text_bytes / 1e6:.1f} MB of text: {each:.0f} tokens for each, "
-        f"and {tokenizer.vocab_size - len(found):,} occur nowhere in {read / 1e6:.1f} MB of it; "
-        f"tokenizer.vocab_size={vocab_size_for(text_bytes)} would fit, which 0 chooses"
+        f"{size:,} pieces are many for {text_bytes / 1e6:.3g} MB of text: {each:.0f} tokens for each, and "
+        f"{size - len(found):,} occur nowhere in {read / 1e6:.3g} MB of it; "
+        f"tokenizer.vocab_size={fitting} would fit, and 0 chooses it"
     )

@@ -17,6 +17,7 @@ into these, and writes its own sign for a space between them if it has one. The 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -114,7 +115,7 @@ def _special(head: str, name: str) -> dict[str, Any]:
     """What the first line says."""
     try:
         special = json.loads(head.removeprefix(BEGIN))
-    except ValueError:
+    except (ValueError, RecursionError):
         special = None
     texts = ("eos", "unknown", "space")
     if not isinstance(special, dict) or not all(isinstance(special.get(key, ""), str) for key in texts):
@@ -130,16 +131,11 @@ def _entries(table: str, name: str) -> dict[str, int]:
     ids: dict[str, int] = {}
     seen = set[int]()
     for number, line in enumerate(table.removesuffix("\n").split("\n"), 2):
-        piece, _, token = line.rpartition(" ")
-        # a vocabulary has its ids close together; 2**31 of them fit into no model
-        if (
-            not piece
-            or not (token.isascii() and token.isdigit())
-            or len(token) > 9
-            or piece in ids
-            or int(token) in seen
-        ):
-            raise UserError(f"{name}: line {number} is {line[:80]!r}, expected an entry and an id, each of them once")
-        ids[piece] = int(token)
-        seen.add(ids[piece])
+        piece, _, digits = line.rpartition(" ")
+        token = int(digits) if re.fullmatch(r"[0-9]{1,7}", digits) else -1
+        if not piece or token < 0 or piece in ids or token in seen:
+            expected = "expected an entry and an id below 10,000,000, each of them once"
+            raise UserError(f"{name}: line {number} is {line[:80]!r}, {expected}")
+        ids[piece] = token
+        seen.add(token)
     return ids

@@ -13,6 +13,7 @@ from conftest import make_text
 from rnnlm.config import BuildConfig, Config, CorpusConfig, StreamConfig, TokenizerConfig
 from rnnlm.data.build.survey import train_on_corpus
 from rnnlm.data.sample import EXCERPT_CHARACTERS, Sample, excerpts
+from rnnlm.hashing import fraction_of
 
 
 def sample_of(texts: list[tuple[int, str]], max_bytes: int, seed: int) -> Sample:
@@ -30,6 +31,10 @@ def test_sample_is_bounded_and_ignores_order() -> None:
     assert one.texts() == same.texts() != other.texts()
     assert one.kept_bytes == sum(len(text.encode()) for text in one.texts()) > 9_500
     assert one.seen_bytes == sum(len(text.encode()) for _, text in texts)
+    whole = sample_of(shuffled, 10**6, 0).texts()
+    assert whole == sorted((text for _, text in texts), key=lambda text: (-fraction_of(text.encode(), 0), text)), (
+        "a model of a corpus that fits depends on no place"
+    )
 
 
 def test_samples_of_parts_add_up_also_below_a_limit_that_was_reached() -> None:

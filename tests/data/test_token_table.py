@@ -121,7 +121,7 @@ def test_the_name_of_the_end_of_a_text(tmp_path: Path) -> None:
         (None, "<unk>", r"eos_piece=<unk>: texts are made of that piece"),
         ("", "", r"tokens.txt: 0 bytes"),
         ("<unk> 0\n</s> 1\n", "", r"77 of the 80 pieces of .*bpe.model have no id in it \(.*, ...\)"),
-        ("<unk> 0\n<unk> 1\n", "", r"line 2 is '<unk> 1', expected a piece and an id below 16,777,216, each of them"),
+        ("<unk> 0\n<unk> 1\n", "", r"line 2 is '<unk> 1', expected a piece and an id below 10,000,000, each of them"),
         ("a 0\nb 0\n", "", "line 2 is 'b 0'"),
         ("a 0\nb\n", "", "line 2 is 'b '"),
         ("a 99999999999\n", "", "line 1 is 'a 99999999999'"),

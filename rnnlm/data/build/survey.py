@@ -195,8 +195,8 @@ def _train_on_sample(context: SurveyContext, run: Surveyor) -> Trained:
     chosen = "" if config.vocab_size else ", chosen by the size of the text (tokenizer.vocab_size=0)"
     summary = (
         f"{tokenizer.vocab_size:,} pieces ({config.kind}){chosen} "
-        f"from {sample.kept_bytes / 1e6:.1f} MB of {corpus_bytes / 1e6:.1f} MB; "
-        f"{bytes_per_token:.3f} bytes per token on {held_back.kept_bytes / 1e6:.1f} MB held back"
+        f"from {sample.kept_bytes / 1e6:.3g} MB of {corpus_bytes / 1e6:.3g} MB; "
+        f"{bytes_per_token:.3f} bytes per token on {held_back.kept_bytes / 1e6:.3g} MB held back"
     )
     wrong = out_of_proportion(tokenizer, texts, corpus_bytes, bytes_per_token) if config.vocab_size else ""
     return Trained(tokenizer, summary, [wrong] if wrong else [])
