@@ -31,6 +31,7 @@ class BpeTables(NamedTuple):
     piece_ends: Array  # (P + 1,) int64, where each ends in them
     piece_ids: Array  # (P + 1,) int64, the token of each
     ranks: Array  # (P + 1,) int32, of each how many scores are lower or equal: pieces of one score have one rank
+    made: Array  # (P + 1,) int32, the piece that a merge makes, which has its number
     single: Array  # (128,) int32, the piece of an ASCII character
     double: Array  # (128, 128) int32, the piece of two ASCII characters
     merges: Array  # (2^k,) uint64, open addressing: two pieces and the one that they make, PIECE_BITS each
@@ -63,7 +64,7 @@ def _find_piece(text: Array, start: Any, end: Any, piece_slots: Array, piece_byt
 
 @inlined
 def _find_merge(left: Any, right: Any, merges: Array) -> Any:
-    """The number of the piece that two pieces make, or 0; merges as in BpeTables."""
+    """The number of the merge of two pieces, or 0; merges as in BpeTables."""
     key = U(left) << U(PIECE_BITS) | U(right)
     mask = len(merges) - 1
     slot = np.int64(mix(key * ODD)) & mask
@@ -75,7 +76,7 @@ def _find_merge(left: Any, right: Any, merges: Array) -> Any:
 
 
 @inlined
-def _put_merge(merge: Any, merges: Array) -> None:
+def put_merge(merge: Any, merges: Array) -> None:
     """Put a merge, uint64, into a table of them."""
     slot = np.int64(mix((merge >> U(PIECE_BITS)) * ODD)) & (len(merges) - 1)
     while merges[slot] != U(0):
@@ -114,7 +115,7 @@ def index_pieces(tables: BpeTables) -> bool:
                 right = _find_piece(texts, place, end, slots, texts, ends)
                 if left and right:
                     key = U(left) << U(PIECE_BITS) | U(right)
-                    _put_merge(key << U(PIECE_BITS) | U(number), tables.merges)
+                    put_merge(key << U(PIECE_BITS) | U(number), tables.merges)
     return True
 
 
@@ -122,11 +123,11 @@ def index_pieces(tables: BpeTables) -> bool:
 def copy_merges(found: Array, merges: Array) -> None:
     """Put the merges found (merges,) uint64 into an empty table (2^k,) uint64."""
     for merge in found:
-        _put_merge(merge, merges)
+        put_merge(merge, merges)
 
 
 @inlined
-def _count_words(text: Array, start: Any, end: Any) -> Any:
+def count_words(text: Array, start: Any, end: Any) -> Any:
     """len(text.split()) of str.split, of text (bytes,) uint8: between Unicode's white space; -1 if there is a NUL."""
     count, inside, place = 0, False, start
     while place < end:
@@ -193,9 +194,9 @@ def _apply_rule(
 
 
 @inlined
-def _merge_symbols(
+def merge_symbols(
     text: Array, symbols: Any, begins: Array, piece: Array, after: Array, before: Array, joined: Array, rank: Array,
-    double: Array, merges: Array, ranks: Array,
+    double: Array, merges: Array, ranks: Array, made: Array,
 ) -> None:  # fmt: skip
     """Merge symbols until no two make a piece; piece and after then hold what is left, from symbol 0 on.
 
@@ -205,12 +206,13 @@ def _merge_symbols(
         piece: (MAX_BPE_BYTES + 1,) int32, the piece of each, or 0.
         after: (MAX_BPE_BYTES + 1,) int32, for use here: the next symbol that is left.
         before: (MAX_BPE_BYTES + 1,) int32, for use here: the one before.
-        joined: (MAX_BPE_BYTES + 1,) int32, for use here: the piece that it makes with the next one; 0: none.
-        rank: (MAX_BPE_BYTES + 1,) int32, for use here: the rank of that piece, above 255 - the symbol's place, so that
-            the greatest is the highest score, and of equal scores the leftmost; 0 if they make none.
+        joined: (MAX_BPE_BYTES + 1,) int32, for use here: the merge with the next one; 0: none.
+        rank: (MAX_BPE_BYTES + 1,) int32, for use here: the rank of that merge, above 255 - the symbol's place, so that
+            the greatest is the highest score, and of equal scores the leftmost; 0 if there is none.
         double: as in BpeTables.
         merges: as in BpeTables.
         ranks: as in BpeTables.
+        made: as in BpeTables.
     """
     for item in range(symbols):
         after[item], before[item], rank[item] = item + 1, item - 1, 0
@@ -232,7 +234,7 @@ def _merge_symbols(
 
         best = np.int64(255 - (top & 255))
         gone = np.int64(after[best])
-        piece[best] = joined[best]
+        piece[best] = made[joined[best]]
         rank[best], rank[gone] = 0, 0
         following, previous = np.int64(after[gone]), np.int64(before[best])
         after[best] = following
@@ -249,14 +251,14 @@ def _merge_symbols(
 
 
 @inlined
-def _write_pieces(
+def write_pieces(
     text: Array, symbols: Any, begins: Array, piece: Array, after: Array, ids: Array, used: Any,
     piece_ids: Array, byte_ids: Array,
 ) -> Any:  # fmt: skip
     """Write the ids of the symbols that are left to ids[used:]; where they end, or -1 if one is unknown.
 
     A symbol that is no piece is written as its bytes. ids is (ids,) uint16 or uint32; text ... after are as in
-    _merge_symbols, piece_ids and byte_ids as in BpeTables.
+    merge_symbols, piece_ids and byte_ids as in BpeTables.
     """
     written, item = used, 0
     while item < symbols:
@@ -321,7 +323,7 @@ def segment_words(
                 text[size] = keys[start]
                 size += 1
             start += 1
-        count = _count_words(keys, start, end)
+        count = count_words(keys, start, end)
         if count < 0 or (start < end and white[keys[start]]):
             continue
 
@@ -363,10 +365,21 @@ def segment_words(
             continue
         begins[symbols] = size
 
-        _merge_symbols(
-            text, symbols, begins, piece, after, before, joined, rank, tables.double, tables.merges, tables.ranks
+        merge_symbols(
+            text,
+            symbols,
+            begins,
+            piece,
+            after,
+            before,
+            joined,
+            rank,
+            tables.double,
+            tables.merges,
+            tables.ranks,
+            tables.made,
         )
-        written = _write_pieces(text, symbols, begins, piece, after, ids, used, tables.piece_ids, tables.byte_ids)
+        written = write_pieces(text, symbols, begins, piece, after, ids, used, tables.piece_ids, tables.byte_ids)
         if written < 0:
             continue
         entries[entry, 0], entries[entry, 1], entries[entry, 2] = used, written - used, count

@@ -20,6 +20,8 @@ from itertools import chain
 
 import numpy as np
 
+from rnnlm.data.hugging_face_tokenizer import HuggingFaceTokenizer
+from rnnlm.data.hugging_face_words import HuggingFaceWords
 from rnnlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rnnlm.data.sentencepiece_words import SentencePieceWords
 from rnnlm.data.tokenizer import Tokenizer, token_dtype
@@ -225,7 +227,9 @@ def prepare(tokenizer: Tokenizer) -> str:
 def _words_of(tokenizer: Tokenizer) -> Words:
     if tokenizer.encodes == "words":
         return TableWords(tokenizer)
-    return SentencePieceWords(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else NoWords(tokenizer)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return SentencePieceWords(tokenizer)
+    return HuggingFaceWords(tokenizer) if isinstance(tokenizer, HuggingFaceTokenizer) else NoWords(tokenizer)
 
 
 def _join(encoded: Sequence[tuple[Array, Array, Array]]) -> tuple[Array, Array, Array]:

@@ -22,7 +22,14 @@ import numba
 settings: Any = numba.config
 compile_with: Any = numba.njit
 Function = TypeVar("Function", bound=Callable[..., Any])
-SOURCES = ("kernels", "word_keys", "word_table", "known_words", "bpe_kernels")  # modules with code that is compiled
+SOURCES = (
+    "kernels",
+    "word_keys",
+    "word_table",
+    "known_words",
+    "bpe_kernels",
+    "byte_level_kernels",
+)  # modules with code that is compiled
 
 
 def inlined(function: Function) -> Function:

@@ -94,6 +94,7 @@ def bpe_tables(tokenizer: SentencePieceTokenizer) -> BpeTables | str:
         piece_ends=np.cumsum([0, *map(len, texts)]),
         piece_ids=np.array([0, *ids]),
         ranks=np.append(0, np.searchsorted(scores, scores, "right")).astype(np.int32),
+        made=np.arange(len(ids) + 1, dtype=np.int32),
         single=single,
         double=double,
         merges=np.zeros(1 << (2 * sum(map(len, texts))).bit_length(), np.uint64),
