@@ -19,6 +19,7 @@ ALONE = {"checkpoint"}  # rooms that import from the ground floor alone
 TORCH = {"data/substreams", "model", "checkpoint", "train"}  # where torch may be imported
 HOMES = {
     "sentencepiece": "data/sentencepiece_tokenizer data/tokenizer_training tools/fuzz_encoder",
+    "tokenizers": "data/hugging_face_tokenizer tools/fuzz_encoder",
     "numba": "data/kernels",
     "pyarrow": "data/parquet",
     "distributed": "data/build/executor",

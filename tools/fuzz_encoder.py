@@ -1,7 +1,8 @@
-"""Compare the encoder with SentencePiece on random texts under random models, id by id.
+"""Compare the encoder with the tokenizer's own library on random texts under random models, id by id.
 
     python tools/fuzz_encoder.py                                   # 20 models, 1,000 texts each
     python tools/fuzz_encoder.py --models 1000 --workers 2         # a million texts
+    python tools/fuzz_encoder.py --kind huggingface                # byte-level BPE of tokenizer.json
     python tools/fuzz_encoder.py --seed 7 --models 1 --first 12    # one model again: seed 7-12 of a mismatch
 
 Models are trained by SentencePiece on texts made up for each: all kinds, normalisations (random rules among them),
@@ -28,7 +29,10 @@ import sentencepiece
 
 from rnnlm.cli import run_entry_point
 from rnnlm.data.encoder import Encoder
+from rnnlm.data.hugging_face_tokenizer import HuggingFaceTokenizer
+from rnnlm.data.hugging_face_words import PATTERNS
 from rnnlm.data.sentencepiece_tokenizer import META, SentencePieceTokenizer, parse
+from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
 
 SPACES = " \t\n\r\x0b\x0c\x00\x1c\x1f\x85\xa0\u1680\u2000\u200a\u200b\u200d\u2028\u2029\u202f\u205f\u3000\ufeff\u2581"
@@ -165,9 +169,15 @@ def edit(model: Any, draw: random.Random) -> str:
     return kind
 
 
+def shown_pieces(tokenizer: Tokenizer) -> list[str]:
+    """What the pieces of a tokenizer say, where that is text."""
+    data = map(tokenizer.piece_bytes, range(tokenizer.vocab_size))
+    return [text for text in (each.decode(errors="ignore") for each in data) if text]
+
+
 def make_texts(draw: random.Random, words: list[str], pieces: list[str], count: int) -> list[str]:
     """Texts of words, pieces and odd characters."""
-    shown = [piece.replace(META, draw.choice([" ", " ", META])) for piece in pieces if not piece.startswith("<0x")]
+    shown = [piece.replace(" ", draw.choice([" ", " ", META])) for piece in pieces]
 
     def fragment() -> str:
         chosen = draw.random()
@@ -212,32 +222,67 @@ def differs_in_blocks(encoder: Encoder, text: str, draw: random.Random) -> bool:
     return ids != expected or sum(words for _, words in found) != len(text.split())
 
 
-def try_model(seed: str, count: int) -> tuple[str, int, str]:
-    """Train one model and compare; returns the encoder's path, how many texts were compared, and a mismatch or ''."""
-    draw = random.Random(seed)
-    words = make_words(draw)
+def make_sentencepiece(draw: random.Random, words: list[str]) -> tuple[Tokenizer, str]:
+    """A model of SentencePiece, trained and edited, and how."""
     while True:
         try:
             model, options = train(draw, words)
             how = edit(model, draw)
-            tokenizer = SentencePieceTokenizer(model.SerializeToString())
-            break
+            return SentencePieceTokenizer(model.SerializeToString()), f"{options}, edited: {how}"
         except (RuntimeError, ValueError, UserError):
             continue  # options that SentencePiece does not take together, or a model that makes nothing of "a"
 
+
+def make_hugging_face(draw: random.Random, words: list[str]) -> tuple[Tokenizer, str]:
+    """A byte-level BPE of Hugging Face's library, trained on made-up lines, with a pre-tokenizer that others have."""
+    import tokenizers
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=draw.random() < 0.1))
+    pattern, prefix = draw.choice([""] * 8 + [*PATTERNS]), draw.random() < 0.1
+    if pattern:
+        split, bytewise = pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, True, False)
+        made.pre_tokenizer = pre_tokenizers.Sequence([split, bytewise])
+    else:
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(prefix)
+    if draw.random() < 0.1:
+        made.normalizer = normalizers.NFC()
+
+    made.train_from_iterator(
+        [make_line(draw, words, ENDS) for _ in range(120)],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=draw.choice([260, 300, 420, 700, 1500, 4000]), special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        ),
+    )  # fmt: skip
+    added = draw.sample(["<user>", "[INST]", "é", "x", "<|im|>", "漢"], draw.choice([0, 0, 0, 1, 3]))
+    made.add_tokens(added)
+    return HuggingFaceTokenizer(made.to_str().encode()), f"{pattern!r}, prefix {prefix}, {made.normalizer}, {added}"
+
+
+MAKE = {"sentencepiece": make_sentencepiece, "huggingface": make_hugging_face}
+
+
+def try_model(seed: str, count: int, kind: str) -> tuple[str, int, str]:
+    """Train one model and compare; returns the encoder's path, how many texts were compared, and a mismatch or ''."""
+    draw = random.Random(seed)
+    words = make_words(draw)
+    tokenizer, how = MAKE[kind](draw, words)
+
     encoder = Encoder(tokenizer, batch_bytes=draw.choice([64, 2**10, 2**17]), max_words=draw.choice([2**5, 2**12]))
-    texts = make_texts(draw, words, [tokenizer.piece(token) for token in range(tokenizer.vocab_size)], count)
+    texts = make_texts(draw, words, shown_pieces(tokenizer), count)
     wrong = differing(encoder, texts)
     if not wrong and not encoder.why_whole:
         joined = ["".join(texts[at : at + 10]) for at in range(0, count, 50)]
         wrong = next((text for text in joined if differs_in_blocks(encoder, text, draw)), None)
-    said = f"seed {seed}, {options}, edited: {how}\n  {encoder.path}\n  text {wrong!r}" if wrong is not None else ""
+    said = f"seed {seed}, {how}\n  {encoder.path}\n  text {wrong!r}" if wrong is not None else ""
     return encoder.path.partition(":")[0], len(texts), said
 
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=sorted(MAKE), default="sentencepiece")
     parser.add_argument("--models", type=int, default=20)
     parser.add_argument("--texts", type=int, default=1000, help="of each model")
     parser.add_argument("--seed", type=int, default=0)
@@ -252,7 +297,9 @@ def main() -> None:
     started, paths, texts, mismatches = time.perf_counter(), Counter[str](), 0, 0
     seeds = [f"{options.seed}-{number}" for number in range(options.first, options.first + options.models)]
     with ProcessPoolExecutor(options.workers) as pool:
-        tried = (map if options.workers == 1 else pool.map)(try_model, seeds, [options.texts] * len(seeds))
+        tried = (map if options.workers == 1 else pool.map)(
+            try_model, seeds, [options.texts] * len(seeds), [options.kind] * len(seeds)
+        )
         for number, (path, count, wrong) in enumerate(tried, 1):
             paths[path] += 1
             texts += count

@@ -35,6 +35,8 @@ class HuggingFaceTokenizer(Tokenizer):
         super().__init__(model, name)
         try:
             self._read(read_spec(model, name))
+        except UserError:
+            raise
         except (KeyError, TypeError, AttributeError, IndexError, StopIteration, ValueError) as error:
             raise UserError(f"{name}: not a tokenizer.json as the library writes it: {error!r}") from error
 
@@ -66,7 +68,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_each(self, texts: list[str], add_eos: bool = False) -> list[list[int]]:
         """The ids of several texts, in this thread."""
         end = [self.eos_id] if add_eos else []
-        return [found.ids + end for found in self.library.encode_batch_fast(texts, add_special_tokens=False)]
+        return [[*found.ids, *end] for found in self.library.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens vanish, broken UTF-8 becomes U+FFFD."""
@@ -75,15 +77,19 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decoder(self, context: Iterable[int] = ()) -> StreamDecoder:
         """A decoder of ids that come one at a time after those of `context`."""
-        return StreamDecoder(self, at_start=all(i == self.eos_id for i in context))
+        return _Decoder(self, at_start=all(i == self.eos_id for i in context))
 
     def piece(self, token: int) -> str:
         """The entry of an id as the file writes it; an id without one as <no piece 17>."""
-        return self._pieces.get(token, f"<no piece {token}>")
+        return str(self._pieces.get(token, f"<no piece {token}>"))
 
     def opens_with_space(self, token: int) -> bool:
         """Whether a piece begins with a space that the decoder leaves out at the start of a text."""
-        return self._decoding.strips_start and self.piece_bytes(token)[:1] == b" "
+        return self.first_bytes(token) != self.piece_bytes(token)
+
+    def first_bytes(self, token: int) -> bytes:
+        """As piece_bytes, of a token before which there is no text."""
+        return self._decoding.at_start(self.piece_bytes(token))
 
     def piece_bytes(self, token: int) -> bytes:
         """The bytes that a token adds to a text, perhaps a part of a character."""
@@ -92,14 +98,28 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._decoding.bytes_of(self._pieces[token])
 
 
+class _Decoder(StreamDecoder):
+    """Leaves out the space before the first token that has a text, and no other."""
+
+    def push(self, token: int) -> str:
+        """The text that is certain once `token` has come."""
+        assert isinstance(self._tokenizer, HuggingFaceTokenizer)
+        data = self._tokenizer.piece_bytes(token)
+        if self._at_start and data:
+            data, self._at_start = self._tokenizer.first_bytes(token), False
+        return self._utf8.decode(data)
+
+
 class _Decoding:
     """How pieces become bytes: what the decoders of a file do one after the other, as one rule for each piece."""
 
     def __init__(self, decoder: dict[str, Any] | None, name: str):
-        self.strips_start = False
+        self._strips = 0  # spaces that are left out at the start of a text
         self._byte_level = self._byte_fallback = False
         self._replace: list[tuple[str, str]] = []
-        self._glue: str | None = None if decoder else ""  # pieces that begin so have no space before them; None: all
+        self._glue: str | None = (
+            None if decoder else ""
+        )  # pieces have a space before them unless they begin so; None: none
         for step in steps(decoder):
             self._add(step, name)
 
@@ -111,11 +131,11 @@ class _Decoding:
             self._byte_fallback = True
         elif kind == "Metaspace":
             self._replace.append((step["replacement"], " "))
-            self.strips_start |= step.get("prepend_scheme", "always") != "never"
+            self._strips = 0 if step.get("prepend_scheme", "always") == "never" else 2**30
         elif kind == "Replace" and "String" in step["pattern"]:
             self._replace.append((step["pattern"]["String"], step["content"]))
         elif kind == "Strip" and (step["content"], step["start"], step["stop"]) == (" ", 1, 0):
-            self.strips_start = True
+            self._strips = 1
         elif kind == "BPEDecoder":
             self._replace.append((step["suffix"], " "))
         elif kind == "WordPiece":
@@ -124,7 +144,11 @@ class _Decoding:
             raise UserError(
                 f"{name}: its decoder {kind} is not known; give a file with ByteLevel, Metaspace or WordPiece"
             )
-        self.strips_start |= self._glue is not None
+
+    def at_start(self, data: bytes) -> bytes:
+        """These bytes of a piece without the space before it."""
+        strips = self._strips if self._glue is None else 1
+        return data[min(strips, len(data) - len(data.lstrip(b" "))) :]
 
     def bytes_of(self, piece: str) -> bytes:
         """The bytes of a piece that is not special."""
