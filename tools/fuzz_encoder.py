@@ -82,6 +82,7 @@ def random_rules(draw: random.Random) -> list[tuple[str, str]]:
         "漢",
         "ß",
     ]
+
     found = [(draw.choice(texts[:11] + texts[13:]), draw.choice(texts)) for _ in range(draw.randint(2, 7))]
     return [(source, target) for source, target in found if source != target]
 
@@ -104,6 +105,7 @@ def make_options(draw: random.Random) -> dict[str, Any]:
         "treat_whitespace_as_suffix": rarely(0.03),
         "character_coverage": draw.choice([1.0, 0.9995, 0.98]),
     }
+
     if rarely(0.3):
         options["user_defined_symbols"] = draw.sample(SYMBOLS, draw.randint(1, 4))
     if rarely(0.03):

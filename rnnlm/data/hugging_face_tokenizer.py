@@ -140,6 +140,8 @@ class _Decoding:
             self._replace.append((step["suffix"], " "))
         elif kind == "WordPiece":
             self._glue = step["prefix"]
+
+        # Fuse joins the pieces, which is done anyway
         elif kind != "Fuse":
             raise UserError(
                 f"{name}: its decoder {kind} is not known; give a file with ByteLevel, Metaspace or WordPiece"

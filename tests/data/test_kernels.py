@@ -82,6 +82,7 @@ def test_a_read_only_installation_encodes(tmp_path: Path, temporary: str, tokeni
     (tmp_path / "rnnlm/data/__pycache__").write_text("")
     (tmp_path / "home").write_text("")
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
+
     code = (
         "import tempfile\n"
         f"tempfile.tempdir = {str(tmp_path / temporary)!r}\n"
@@ -91,6 +92,7 @@ def test_a_read_only_installation_encodes(tmp_path: Path, temporary: str, tokeni
         "assert Encoder(tokenizer).encode([b'anna sees'])[0].tolist() == [*tokenizer.encode('anna sees'), 1]\n"
         "from rnnlm.data.kernels import CACHE; print(CACHE)\n"
     )
+
     (tmp_path / "tmp").mkdir()
     found = run_python(tmp_path, code, PYTHONPATH=str(tmp_path), HOME=str(tmp_path / "home"), XDG_CACHE_HOME="")
     assert found.strip().startswith(str(tmp_path / "tmp")) if temporary == "tmp" else found == "\n"
@@ -101,6 +103,7 @@ def test_workers_compile_nothing_after_a_build_has_prepared(tmp_path: Path, toke
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
     load = f"from rnnlm.data.tokenizer import Tokenizer\ntokenizer = Tokenizer.load({str(tmp_path)!r})\n"
     prepare = f"{load}from rnnlm.data.encoder import prepare\nprepare(tokenizer)\n"
+
     encode = (
         f"{load}from rnnlm.data.encoder import Encoder\n"
         "encoder = Encoder(tokenizer, max_words=16)\n"
@@ -111,6 +114,7 @@ def test_workers_compile_nothing_after_a_build_has_prepared(tmp_path: Path, toke
         "        if hasattr(each, 'stats') and each.stats.cache_path]\n"
         "print(sum(len(each.cache_hits) for each in made), sum(len(each.cache_misses) for each in made))\n"
     )
+
     cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     assert run_python(encode.replace("max_words=16", "max_words=2**18"), **cache).split()[1] != "0", (
         "else it proves nothing"
