@@ -1,9 +1,9 @@
-"""Documents -> tokens, exactly as SentencePiece gives them, each distinct word encoded once.
+"""Documents -> tokens, exactly as the tokenizer's own library gives them, each distinct word encoded once.
 
-Where a model's ids of a text are those of its words, one after the other (tokenizer_rules), the encoder cuts texts at
-white space, looks each word up in a table that fills itself, and segments the words that are new by the model's own
-rules and merges (bpe_kernels), or, where those are not plain (user-defined symbols, white space made by a rule), asks
-SentencePiece for each in its context:
+Where a model's ids of a text are those of its words, one after the other (`words`, and a module for each kind), the
+encoder cuts texts at white space, looks each word up in a table that fills itself, and segments the words that are new
+by the model's own rules and merges (kernels), or, where those are not plain (a user-defined symbol in the word, white
+space made by a rule), asks the library for each in its context:
 
     "The cat  sat"  ->  "The"  " cat"  " sat"  ->  table: seen / new  ->  merges, or encode("x cat y") without x and y
 
