@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rnnlm.data.tokenizer import StreamDecoder, Tokenizer
@@ -33,12 +34,8 @@ class HuggingFaceTokenizer(Tokenizer):
             UserError: also where the library is missing, or a decoder is not known.
         """
         super().__init__(model, name)
-        try:
+        with _well_formed(name):
             self._read(read_spec(model, name))
-        except UserError:
-            raise
-        except (KeyError, TypeError, AttributeError, IndexError, StopIteration, ValueError) as error:
-            raise UserError(f"{name}: not a tokenizer.json as the library writes it: {error!r}") from error
 
     def _read(self, spec: dict[str, Any]) -> None:
         eos = eos_piece(spec, self.name)
@@ -187,6 +184,17 @@ def steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     yield part
 
 
+@contextmanager
+def _well_formed(name: str) -> Iterator[None]:
+    """A UserError for whatever is missing, or of another type, where a file is read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, StopIteration, ValueError) as error:
+        raise UserError(f"{name}: not a tokenizer.json as the library writes it: {error!r}") from error
+
+
 def read_spec(model: bytes, name: str) -> dict[str, Any]:
     """The JSON of a file.
 
@@ -197,7 +205,7 @@ def read_spec(model: bytes, name: str) -> dict[str, Any]:
         spec = json.loads(model)
         kinds = {"added_tokens": list, "model": dict}
         right = isinstance(spec, dict) and all(isinstance(spec.get(key), kind) for key, kind in kinds.items())
-    except ValueError:
+    except (ValueError, RecursionError):
         right = False
     if not right:
         raise UserError(f"{name}: not a tokenizer.json; give one of Hugging Face, or train another tokenizer")
@@ -230,6 +238,11 @@ def with_eos(model: bytes, name: str, piece: str) -> bytes:
     Raises:
         UserError: it is no special token of the file.
     """
+    with _well_formed(name):
+        return _with_template(model, name, piece)
+
+
+def _with_template(model: bytes, name: str, piece: str) -> bytes:
     spec = read_spec(model, name)
     special = {token["content"]: token["id"] for token in spec["added_tokens"] if token.get("special")}
     if piece not in special:

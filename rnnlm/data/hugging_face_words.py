@@ -24,19 +24,17 @@ from rnnlm.data.word_table import BEGINS, LAST, NO_IDS, RUN, WordTable
 from rnnlm.data.words import ASCII_SPACES, Words
 
 SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+START = r"[^\r\n\p{L}\p{N}]?"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+MARKS, PATHS = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
 REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-MARKS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 # Regular expressions whose pre-tokens are cut so, and the bytes that may stand behind other characters in one.
 PATTERNS = {
     GPT2: b"",
-    rf"{SUFFIX}|{WORD}|\p{{N}}{{1,3}}|{MARKS}|{REST}": b"\r\n",  # LLaMA-3, cl100k
-    rf"{SUFFIX}|{WORD}|\p{{N}}|{MARKS}|{REST}": b"\r\n",  # Qwen
-    (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{SUFFIX}?|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{SUFFIX}?"
-        rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{REST}"
-    ): b"\r\n",  # o200k
+    rf"{SUFFIX}|{START}\p{{L}}+|\p{{N}}{{1,3}}|{MARKS}|{REST}": b"\r\n",  # LLaMA-3
+    rf"{SUFFIX}|{START}\p{{L}}+|\p{{N}}|{MARKS}|{REST}": b"\r\n",  # Qwen
+    rf"{START}{UPPER}*{LOWER}+{SUFFIX}?|{START}{UPPER}+{LOWER}*{SUFFIX}?|\p{{N}}{{1,3}}|{PATHS}|{REST}": b"\r\n",  # o200k
+    rf"{START}{UPPER}*{LOWER}+|{START}{UPPER}+{LOWER}*|\p{{N}}|{PATHS}|{REST}": b"\r\n",  # Mistral's Tekken
 }
 OTHER_SPACES = ("\u180e", "\u200b", "\ufeff")  # white space in some version of Unicode
 

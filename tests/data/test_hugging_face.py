@@ -189,6 +189,10 @@ def test_another_eos_is_recorded_in_the_file(tmp_path: Path) -> None:
     assert tokenizers.Tokenizer.from_str(other.model.decode()).encode("anna").tokens[-1] == "<|im_end|>", (
         "as others read it"
     )
+    path.write_text('{"added_tokens": [{"special": true}], "model": {}}')
+    with pytest.raises(UserError, match="as the library writes it: KeyError"):
+        load("</s>")
+    path.write_bytes(GPT2.model)
     with pytest.raises(UserError, match=r"eos_piece=</s>: no special token of .*: <\|endoftext\|>, <\|im_end\|>"):
         load("</s>")
 
