@@ -26,6 +26,7 @@ from rnnlm.data.words import ASCII_SPACES, Words
 SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 START = r"[^\r\n\p{L}\p{N}]?"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+LOW, HIGH = rf"{START}{UPPER}*{LOWER}+", rf"{START}{UPPER}+{LOWER}*"
 MARKS, PATHS = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
 REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 # Regular expressions whose pre-tokens are cut so, and the bytes that may stand behind other characters in one.
@@ -33,8 +34,8 @@ PATTERNS = {
     GPT2: b"",
     rf"{SUFFIX}|{START}\p{{L}}+|\p{{N}}{{1,3}}|{MARKS}|{REST}": b"\r\n",  # LLaMA-3
     rf"{SUFFIX}|{START}\p{{L}}+|\p{{N}}|{MARKS}|{REST}": b"\r\n",  # Qwen
-    rf"{START}{UPPER}*{LOWER}+{SUFFIX}?|{START}{UPPER}+{LOWER}*{SUFFIX}?|\p{{N}}{{1,3}}|{PATHS}|{REST}": b"\r\n",  # o200k
-    rf"{START}{UPPER}*{LOWER}+|{START}{UPPER}+{LOWER}*|\p{{N}}|{PATHS}|{REST}": b"\r\n",  # Mistral's Tekken
+    rf"{LOW}{SUFFIX}?|{HIGH}{SUFFIX}?|\p{{N}}{{1,3}}|{PATHS}|{REST}": b"\r\n",  # o200k
+    rf"{LOW}|{HIGH}|\p{{N}}|{PATHS}|{REST}": b"\r\n",  # Mistral's Tekken
 }
 OTHER_SPACES = ("\u180e", "\u200b", "\ufeff")  # white space in some version of Unicode
 

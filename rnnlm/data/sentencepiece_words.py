@@ -121,6 +121,8 @@ def why_whole(tokenizer: SentencePieceTokenizer) -> str:
 
     if white[list(chain(*rule_bytes(model.normalizer_spec.precompiled_charsmap)))].any():
         return "a normalisation rule reaches over white space"
+    if model.normalizer_spec.remove_extra_whitespaces and tokenizer.normalize("  x  y ") != tokenizer.normalize("x y"):
+        return "the rules make something else of a space, so that it is kept where others are removed"
     before = tokenizer.encode("x")
     if not tokenizer.normalize("x y").endswith(f"x{META}y") or tokenizer.encode("x y")[: len(before)] != before:
         return "the rules change the words x and y, between which others are tried"

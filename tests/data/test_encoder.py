@@ -62,6 +62,7 @@ WHOLE = {
     "spanning": {"split_by_whitespace": False},
     "symbols with spaces": {"user_defined_symbols": ["anna sees", "a\u2581b"]},
     "a space for x": {"normalization_rule_name": "user", "rules": [("x", "\u2581")], "add_dummy_prefix": False},
+    "a space is the sign itself": {"normalization_rule_name": "user", "rules": [(" ", "\u2581")]},
     "rules with spaces": {"normalization_rule_name": "user", "rules": [("a b", "c")]},
 }
 
