@@ -18,8 +18,9 @@ GROUND = ("errors", "hashing", "files", "knob", "texts", "config", "yaml_file", 
 ALONE = {"checkpoint"}  # rooms that import from the ground floor alone
 TORCH = {"data/substreams", "model", "checkpoint", "train"}  # where torch may be imported
 HOMES = {
-    "sentencepiece": "data/sentencepiece_tokenizer data/tokenizer_training",
-    "numba": "data/word_keys data/word_table data/known_words data/bpe_kernels",
+    "sentencepiece": "data/sentencepiece_tokenizer data/tokenizer_training tools/fuzz_encoder",
+    "tokenizers": "data/hugging_face_tokenizer tools/fuzz_encoder",
+    "numba": "data/kernels",
     "pyarrow": "data/tables",
     "distributed": "data/build/executor",
     "safetensors": "checkpoint/safetensors_file",

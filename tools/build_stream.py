@@ -23,11 +23,14 @@ def main() -> None:
     """Read the configuration, build, print what was built."""
     config = read_config(("corpus", "tokenizer", "stream", "build"), __doc__)
     from rnnlm.data.build.build import Build, progress_bar
+    from rnnlm.data.encoder import prepare
     from rnnlm.data.tokenizer_choice import load_tokenizer
 
     build = Build(config, load_tokenizer(config))
     if len(build.finished()) == len(build.splits):
         print("already built:")
+    else:
+        print(prepare(build.tokenizer), flush=True)
     with progress_bar(itertools.chain(*build.inputs.values()), "building") as progress:
         manifests = build.run(progress)
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
+from rnnlm.data.kernels import inlined, kernel
 from rnnlm.data.word_keys import ODD, Array, U, hash_key, make_key, mix, same_bytes
-from rnnlm.data.word_table import FIRST, LAST, NEW
+from rnnlm.data.word_table import FIRST, LAST, NEW, SPACE
 
 MAX_BPE_BYTES = 160  # of a word that is segmented here; longer ones are SentencePiece's
+MAX_RUN_BYTES = 32  # of the white space before it
 PIECE_BITS = 20  # enough for a million pieces
 HIGH_BITS, LOW_BITS = U(0xFFFFFF) << U(40), (U(1) << U(40)) - U(1)
 
@@ -29,6 +30,8 @@ class BpeTables(NamedTuple):
     piece_bytes: Array  # (bytes,) uint8, UTF-8 of all pieces, and 24 more bytes
     piece_ends: Array  # (P + 1,) int64, where each ends in them
     piece_ids: Array  # (P + 1,) int64, the token of each
+    ranks: Array  # (P + 1,) int32, of each how many scores are lower or equal: pieces of one score have one rank
+    made: Array  # (P + 1,) int32, the piece that a merge makes, which has its number
     single: Array  # (128,) int32, the piece of an ASCII character
     double: Array  # (128, 128) int32, the piece of two ASCII characters
     merges: Array  # (2^k,) uint64, open addressing: two pieces and the one that they make, PIECE_BITS each
@@ -37,9 +40,10 @@ class BpeTables(NamedTuple):
     trie: Array  # (nodes,) int64, the texts that normalisation rules replace, or (0,); see tokenizer_rules
     replacements: Array  # (bytes,) uint8, what they write instead, each ended by 0
     dummy_prefix: bool  # a space is put before a text
+    symbol_starts: Array  # (256,) bool, first bytes of user-defined symbols: words that hold one are SentencePiece's
 
 
-@numba.njit(inline="always")
+@inlined
 def _find_piece(text: Array, start: Any, end: Any, piece_slots: Array, piece_bytes: Array, piece_ends: Array) -> Any:
     """The number of the piece text[start:end], or 0; text (bytes,) uint8, the others as in BpeTables."""
     low, high = make_key(text, start, end, 0)
@@ -58,9 +62,9 @@ def _find_piece(text: Array, start: Any, end: Any, piece_slots: Array, piece_byt
     return 0
 
 
-@numba.njit(inline="always")
+@inlined
 def _find_merge(left: Any, right: Any, merges: Array) -> Any:
-    """The number of the piece that two pieces make, or 0; merges as in BpeTables."""
+    """The number of the merge of two pieces, or 0; merges as in BpeTables."""
     key = U(left) << U(PIECE_BITS) | U(right)
     mask = len(merges) - 1
     slot = np.int64(mix(key * ODD)) & mask
@@ -71,8 +75,8 @@ def _find_merge(left: Any, right: Any, merges: Array) -> Any:
     return 0
 
 
-@numba.njit(inline="always")
-def _put_merge(merge: Any, merges: Array) -> None:
+@inlined
+def put_merge(merge: Any, merges: Array) -> None:
     """Put a merge, uint64, into a table of them."""
     slot = np.int64(mix((merge >> U(PIECE_BITS)) * ODD)) & (len(merges) - 1)
     while merges[slot] != U(0):
@@ -80,7 +84,7 @@ def _put_merge(merge: Any, merges: Array) -> None:
     merges[slot] = merge
 
 
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+@kernel
 def index_pieces(tables: BpeTables) -> bool:
     """Fill piece_slots and merges from piece_bytes and piece_ends.
 
@@ -111,19 +115,19 @@ def index_pieces(tables: BpeTables) -> bool:
                 right = _find_piece(texts, place, end, slots, texts, ends)
                 if left and right:
                     key = U(left) << U(PIECE_BITS) | U(right)
-                    _put_merge(key << U(PIECE_BITS) | U(number), tables.merges)
+                    put_merge(key << U(PIECE_BITS) | U(number), tables.merges)
     return True
 
 
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+@kernel
 def copy_merges(found: Array, merges: Array) -> None:
     """Put the merges found (merges,) uint64 into an empty table (2^k,) uint64."""
     for merge in found:
-        _put_merge(merge, merges)
+        put_merge(merge, merges)
 
 
-@numba.njit(inline="always")
-def _count_words(text: Array, start: Any, end: Any) -> Any:
+@inlined
+def count_words(text: Array, start: Any, end: Any) -> Any:
     """len(text.split()) of str.split, of text (bytes,) uint8: between Unicode's white space; -1 if there is a NUL."""
     count, inside, place = 0, False, start
     while place < end:
@@ -154,7 +158,7 @@ def _count_words(text: Array, start: Any, end: Any) -> Any:
     return count
 
 
-@numba.njit(inline="always")
+@inlined
 def _apply_rule(
     word: Array, place: Any, end: Any, out: Array, written: Any, trie: Array, replacements: Array
 ) -> tuple[Any, Any]:
@@ -189,10 +193,10 @@ def _apply_rule(
     return place + size, written + size
 
 
-@numba.njit(inline="always")
-def _merge_symbols(
-    text: Array, symbols: Any, begins: Array, piece: Array, after: Array, before: Array, rank: Array,
-    double: Array, merges: Array,
+@inlined
+def merge_symbols(
+    text: Array, symbols: Any, begins: Array, piece: Array, after: Array, before: Array, joined: Array, rank: Array,
+    double: Array, merges: Array, ranks: Array, made: Array,
 ) -> None:  # fmt: skip
     """Merge symbols until no two make a piece; piece and after then hold what is left, from symbol 0 on.
 
@@ -202,10 +206,13 @@ def _merge_symbols(
         piece: (MAX_BPE_BYTES + 1,) int32, the piece of each, or 0.
         after: (MAX_BPE_BYTES + 1,) int32, for use here: the next symbol that is left.
         before: (MAX_BPE_BYTES + 1,) int32, for use here: the one before.
-        rank: (MAX_BPE_BYTES + 1,) int32, for use here: the piece that it makes with the next one, above 255 - its
-            place, so that the greatest rank is the highest score, and of equals the leftmost; 0 if they make none.
+        joined: (MAX_BPE_BYTES + 1,) int32, for use here: the merge with the next one; 0: none.
+        rank: (MAX_BPE_BYTES + 1,) int32, for use here: the rank of that merge, above 255 - the symbol's place, so that
+            the greatest is the highest score, and of equal scores the leftmost; 0 if there is none.
         double: as in BpeTables.
         merges: as in BpeTables.
+        ranks: as in BpeTables.
+        made: as in BpeTables.
     """
     for item in range(symbols):
         after[item], before[item], rank[item] = item + 1, item - 1, 0
@@ -215,7 +222,8 @@ def _merge_symbols(
                 number = np.int64(double[left, right])
             else:
                 number = _find_merge(piece[item], piece[item + 1], merges)
-            rank[item] = number << 8 | (255 - item) * (number != 0)
+            joined[item] = number
+            rank[item] = ranks[number] << 8 | (255 - item) * (number != 0)
 
     while True:
         top = np.int32(0)
@@ -226,7 +234,7 @@ def _merge_symbols(
 
         best = np.int64(255 - (top & 255))
         gone = np.int64(after[best])
-        piece[best] = top >> 8
+        piece[best] = made[joined[best]]
         rank[best], rank[gone] = 0, 0
         following, previous = np.int64(after[gone]), np.int64(before[best])
         after[best] = following
@@ -234,21 +242,23 @@ def _merge_symbols(
         if following < symbols:
             before[following] = best
             number = _find_merge(piece[best], piece[following], merges)
-            rank[best] = number << 8 | (255 - best) * (number != 0)
+            joined[best] = number
+            rank[best] = ranks[number] << 8 | (255 - best) * (number != 0)
         if previous >= 0:
             number = _find_merge(piece[previous], piece[best], merges)
-            rank[previous] = number << 8 | (255 - previous) * (number != 0)
+            joined[previous] = number
+            rank[previous] = ranks[number] << 8 | (255 - previous) * (number != 0)
 
 
-@numba.njit(inline="always")
-def _write_pieces(
+@inlined
+def write_pieces(
     text: Array, symbols: Any, begins: Array, piece: Array, after: Array, ids: Array, used: Any,
     piece_ids: Array, byte_ids: Array,
 ) -> Any:  # fmt: skip
     """Write the ids of the symbols that are left to ids[used:]; where they end, or -1 if one is unknown.
 
     A symbol that is no piece is written as its bytes. ids is (ids,) uint16 or uint32; text ... after are as in
-    _merge_symbols, piece_ids and byte_ids as in BpeTables.
+    merge_symbols, piece_ids and byte_ids as in BpeTables.
     """
     written, item = used, 0
     while item < symbols:
@@ -265,7 +275,7 @@ def _write_pieces(
     return written
 
 
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+@kernel
 def segment_words(
     keys: Array, key_ends: Array, kinds: Array, first: int, last: int, white: Array, tables: BpeTables,
     entries: Array, ids: Array, used: int,
@@ -281,7 +291,7 @@ def segment_words(
         kinds: (entries,) uint8, FIRST | LAST of each.
         first: the first entry that is new.
         last: behind the last one.
-        white: (256,) bool, the bytes that are to the model what a space is.
+        white: (256,) uint8, the white bytes; see word_table.
         tables: the model.
         entries: (entries, 4) int32, written: of each its first id, number of ids, and words of str.split.
         ids: (ids,) uint16 or uint32, written from `used` on.
@@ -291,6 +301,7 @@ def segment_words(
     begins = np.zeros(MAX_BPE_BYTES + 1, np.int32)
     after, before = np.zeros(MAX_BPE_BYTES + 1, np.int32), np.zeros(MAX_BPE_BYTES + 1, np.int32)
     piece, rank = np.zeros(MAX_BPE_BYTES + 1, np.int32), np.zeros(MAX_BPE_BYTES + 1, np.int32)
+    joined = np.zeros(MAX_BPE_BYTES + 1, np.int32)
 
     for entry in range(first, last):
         start, end, kind = key_ends[entry - 1] if entry else 0, key_ends[entry], kinds[entry]
@@ -298,23 +309,25 @@ def segment_words(
         if end - start > MAX_BPE_BYTES or kind & LAST or used + len(text) > len(ids):  # no room for the longest
             continue
 
-        # the white space before a word, however it is written, is as many spaces, and one at least
-        spaces = 0
-        while start < end and white[keys[start]]:
-            start, spaces = start + 1, spaces + 1
-        if not kind & FIRST:
-            spaces = max(spaces, 1)
-        elif tables.dummy_prefix:
-            spaces += 1
-        count = _count_words(keys, start, end)
-        if count < 0 or spaces > 8:
+        # the white space before a word: each byte that is a space to the model is written as one, however it looks
+        size = 0
+        if tables.dummy_prefix if kind & FIRST else not white[keys[start]]:
+            text[0], text[1], text[2] = 0xE2, 0x96, 0x81  # U+2581, which stands for a space
+            size = 3
+        run = start
+        while start < end and white[keys[start]] and start - run < MAX_RUN_BYTES:
+            if white[keys[start]] & SPACE:
+                text[size], text[size + 1], text[size + 2] = 0xE2, 0x96, 0x81
+                size += 3
+            else:
+                text[size] = keys[start]
+                size += 1
+            start += 1
+        count = count_words(keys, start, end)
+        if count < 0 or (start < end and white[keys[start]]):
             continue
 
         # the rules, most often none: an ASCII character before another one is looked up at once
-        size = 0
-        for _ in range(spaces):
-            text[size], text[size + 1], text[size + 2] = 0xE2, 0x96, 0x81  # U+2581, which stands for a space
-            size += 3
         bare, place = size, start
         while place < end and size <= 4 * MAX_BPE_BYTES:
             byte = keys[place]
@@ -326,12 +339,19 @@ def segment_words(
         if place < end or size == bare:
             continue
 
-        # its characters are the first symbols; white space among them was made by a rule, and might split the word
-        symbols, plain, place = 0, True, 0
+        # its characters are the first symbols; user-defined ones come before them, in the text and in what rules made
+        symbols, plain = 0, True
+        for place in range(start, end):
+            plain &= not tables.symbol_starts[keys[place]]
+        for place in range(size):
+            plain &= not tables.symbol_starts[text[place]]
+
+        # white space among them was made by a rule, and might split the word
+        place = 0
         while place < size and symbols < MAX_BPE_BYTES:
             lead = text[place]
-            if place >= bare and (lead == 32 or (lead == 0xE2 and text[place + 1] == 0x96 and text[place + 2] == 0x81)):
-                plain = False
+            is_meta = lead == 0xE2 and text[place + 1] == 0x96 and text[place + 2] == 0x81
+            plain &= place < bare or not (white[lead] or is_meta)
             begins[symbols] = place
             place += 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
             if lead < 0x80:
@@ -345,8 +365,21 @@ def segment_words(
             continue
         begins[symbols] = size
 
-        _merge_symbols(text, symbols, begins, piece, after, before, rank, tables.double, tables.merges)
-        written = _write_pieces(text, symbols, begins, piece, after, ids, used, tables.piece_ids, tables.byte_ids)
+        merge_symbols(
+            text,
+            symbols,
+            begins,
+            piece,
+            after,
+            before,
+            joined,
+            rank,
+            tables.double,
+            tables.merges,
+            tables.ranks,
+            tables.made,
+        )
+        written = write_pieces(text, symbols, begins, piece, after, ids, used, tables.piece_ids, tables.byte_ids)
         if written < 0:
             continue
         entries[entry, 0], entries[entry, 1], entries[entry, 2] = used, written - used, count

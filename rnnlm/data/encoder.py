@@ -1,16 +1,16 @@
-"""Documents -> tokens, exactly as SentencePiece gives them, each distinct word encoded once.
+"""Documents -> tokens, exactly as the tokenizer's own library gives them, each distinct word encoded once.
 
-Where a model's ids of a text are those of its words, one after the other (tokenizer_rules), the encoder cuts texts at
-white space, looks each word up in a table that fills itself, and segments the words that are new by the model's own
-rules and merges (bpe_kernels), or, where those are not plain (user-defined symbols, white space made by a rule), asks
-SentencePiece for each in its context:
+Where a model's ids of a text are those of its words, one after the other (`words`, and a module for each kind), the
+encoder cuts texts at white space, looks each word up in a table that fills itself, and segments the words that are new
+by the model's own rules and merges (kernels), or, where those are not plain (a user-defined symbol in the word, white
+space made by a rule), asks the library for each in its context:
 
     "The cat  sat"  ->  "The"  " cat"  " sat"  ->  table: seen / new  ->  merges, or encode("x cat y") without x and y
 
 Otherwise the text is encoded whole: by model (`why_whole`: unigram, pieces that span words, rules that touch white
 space), and by text, when a word's ids change with what follows it (a normalisation that leaves a space at its end, for
-example). The table is bounded; its contents never show in the result. The price: about 70 MiB, a second to compile the
-kernels where numba has not yet cached them, and no gain for scripts written without spaces.
+example). The table is bounded; its contents never show in the result. The price: about 70 MiB, ten seconds to compile
+the kernels where no process has done so before (`prepare`), and no gain for scripts written without spaces.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from itertools import chain
 
 import numpy as np
 
-from rnnlm.data.bpe_kernels import BpeTables, segment_words
-from rnnlm.data.known_words import KnownWords
-from rnnlm.data.sentencepiece_tokenizer import META, SentencePieceTokenizer
+from rnnlm.data.hugging_face_tokenizer import HuggingFaceTokenizer
+from rnnlm.data.hugging_face_words import HuggingFaceWords
+from rnnlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from rnnlm.data.sentencepiece_words import SentencePieceWords
 from rnnlm.data.tokenizer import Tokenizer, token_dtype
-from rnnlm.data.tokenizer_rules import WHITE, bpe_tables, white_bytes, why_whole
 from rnnlm.data.word_keys import Array
-from rnnlm.data.word_table import FIRST, LAST, NEW, NO_IDS, WordTable
-from rnnlm.data.word_tokenizer import WordTokenizer
+from rnnlm.data.word_table import BEGINS, FIRST, LAST, MAX_WORDS, NEW, NO_IDS, WordTable
+from rnnlm.data.words import NoWords, TableWords, Words
 
 BATCH_BYTES = 2**17  # of text looked up at once: what is written then still lies in the cache when it is read
 
@@ -38,47 +38,33 @@ class Encoder:
     `why_whole`: why texts are encoded whole under this tokenizer; empty where they are encoded by words.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, batch_bytes: int = BATCH_BYTES, max_words: int = MAX_WORDS):
+        """Read the tokenizer's rules, and take all memory.
+
+        Args:
+            tokenizer: of any kind.
+            batch_bytes: of text looked up at once, and the most of a long document.
+            max_words: held in the table; a power of two.
+        """
         self.tokenizer = tokenizer
         self.dtype = np.dtype(token_dtype(tokenizer.vocab_size))
-        self.why_whole = ""
-        self._bpe: BpeTables | None = None
-        self._known: KnownWords | None = None
-        if tokenizer.encodes == "bytes":
-            return
-        if tokenizer.encodes == "words":
-            self._white = np.isin(np.arange(256), WHITE)
-            self._keep_runs, self._first_differs = False, True
-            if isinstance(tokenizer, WordTokenizer) and not tokenizer.by_characters:
-                self._first_differs = False
-                self._known = KnownWords(tokenizer.known, tokenizer.unknown_id)
-        elif isinstance(tokenizer, SentencePieceTokenizer):
-            self._read_rules(tokenizer)
-        else:
-            self.why_whole = f"the rules of {tokenizer.description} are not known"
+        self._batch_bytes = batch_bytes
+        self._is_bytes = tokenizer.encodes == "bytes"
+        self._words = _words_of(tokenizer)
+        self.why_whole = "" if self._is_bytes else self._words.why_whole
+        if not self._words.why_whole:
+            self._table = WordTable(self.dtype, 2 * batch_bytes, max_words)
+
+    @property
+    def path(self) -> str:
+        """How texts are encoded, and why, in a line."""
+        if self._is_bytes:
+            return "each byte is its own id"
         if self.why_whole:
-            return
-
-        self._white_bytes = bytes(np.flatnonzero(self._white).tolist())
-        self._table = WordTable(self.dtype, 2 * BATCH_BYTES)
-
-    def _read_rules(self, tokenizer: SentencePieceTokenizer) -> None:
-        """How this model's words are found and encoded, or why they are not."""
-        self.why_whole = why_whole(tokenizer)
-        if self.why_whole:
-            return
-
-        self._white = white_bytes(tokenizer)
-        spec = tokenizer.proto().normalizer_spec
-        self._keep_runs = not spec.remove_extra_whitespaces
-        self._first_differs = self._keep_runs or not spec.add_dummy_prefix
-
-        # words that SentencePiece is asked for stand between these: "x cat y"
-        self._ids_before = tokenizer.encode("x")
-        self._ids_after = tokenizer.encode("x y")[len(self._ids_before) :]
-        # ids that may not end a word before another one, or begin one: the space or the unknown run might reach over
-        self._open_ended = np.array([tokenizer.piece(token).endswith(META) for token in range(tokenizer.vocab_size)])
-        self._bpe = bpe_tables(tokenizer)
+            return f"texts are encoded whole by the tokenizer's library, without a table of words: {self.why_whole}"
+        if why := self._words.why_not_compiled:
+            return f"texts are encoded by words, new words by the tokenizer's library: {why}"
+        return "texts are encoded by words, new words by compiled kernels"
 
     def encode(self, documents: Sequence[bytes]) -> tuple[Array, Array, Array]:
         """The tokens of documents, each ended by EOS.
@@ -92,12 +78,12 @@ class Encoder:
             words: (documents,) int64, how many words each has in the sense of str.split.
         """
         encoded = []
-        for batch in _batches(documents):
-            if self.tokenizer.encodes == "bytes":
+        for batch in _batches(documents, self._batch_bytes):
+            if self._is_bytes:
                 encoded.append(self._encode_bytes(batch))
             elif self.why_whole:
                 encoded.append(self._encode_whole(batch))
-            elif len(batch[0]) > BATCH_BYTES:
+            elif len(batch[0]) > self._batch_bytes:
                 blocks = list(self.encode_long(iter(batch)))
                 ids = np.concatenate([ids for ids, _ in blocks])
                 encoded.append((ids, np.array([len(ids)]), np.array([sum(words for _, words in blocks)])))
@@ -113,14 +99,14 @@ class Encoder:
             OverflowError: no place to cut within max_word_bytes.
         """
         assert not self.why_whole
-        if self.tokenizer.encodes == "bytes":
+        if self._is_bytes:
             yield from self._long_bytes(blocks)
             return
 
         rest, flags = b"", FIRST
         for block in blocks:
-            for start in range(0, len(block), BATCH_BYTES):
-                rest += block[start : start + BATCH_BYTES]
+            for start in range(0, len(block), self._batch_bytes):
+                rest += block[start : start + self._batch_bytes]
                 cut = self._last_cut(rest)
                 ids, words = self._encode_between(rest[:cut], flags) if cut else (None, 0)
                 if ids is not None:
@@ -153,66 +139,32 @@ class Encoder:
 
     def _last_cut(self, text: bytes) -> int:
         """Where white space begins, as far back as possible, behind a word whose ids do not depend on what follows."""
-        end = len(text)
+        end = self._cut_before(text, len(text))
         for _ in range(100):
-            end = len(text[: self._last_white(text, end)].rstrip(self._white_bytes))
-            word = text[self._last_white(text, end) : end]
-            if not word or len(self._encode_in_context([(b" " if end > len(word) else b"") + word], 0)[0]):
+            begin = self._cut_before(text, end)
+            if not end or self._words.encode([text[begin:end]], 0)[1][0] != NO_IDS:
                 return end
-            end -= len(word)
+            end = begin
         return 0
 
-    def _last_white(self, text: bytes, end: int) -> int:
-        """Behind the last white byte before `end`; 0 if there is none."""
-        near = max(0, end - 4096)  # most often it is: some of these bytes occur nowhere
-        found = max(text.rfind(byte, near, end) for byte in self._white_bytes)
-        return 1 + (found if found >= 0 else max(text.rfind(byte, 0, near) for byte in self._white_bytes))
+    def _cut_before(self, text: bytes, end: int) -> int:
+        """The last place below `end` where white space begins behind a word; 0 if there is none."""
+        for size in (2**12, 2**62):  # most often it is near
+            begin = max(0, end - size)
+            white = self._words.white[np.frombuffer(text, np.uint8)[begin:end]]
+            found = np.flatnonzero((white[1:] & BEGINS).astype(bool) & (white[:-1] == 0))
+            if len(found):
+                return begin + 1 + int(found[-1])
+        return 0
 
     def _encode_between(self, text: bytes, flags: int) -> tuple[Array | None, int]:
         """The ids of some of a document that white space follows (or, with LAST, nothing), and its words."""
-        if len(text) <= 2 * BATCH_BYTES:
+        if len(text) <= 2 * self._batch_bytes:
             ids, tokens, words = self._encode_by_words([text], flags, eos=-1)
             if tokens[0] >= 0:
                 return ids, int(words[0])
-        ids, sizes = self._encode_in_context([text], flags)
+        ids, sizes = self._words.encode([text], flags)
         return (ids if sizes[0] != NO_IDS else None), len(text.decode().split())
-
-    def _encode_in_context(self, texts: Sequence[bytes], kind: int) -> tuple[Array, Array]:
-        """The ids of texts between the words x and y (not x with FIRST, not y with LAST), and how many each has.
-
-        Where the ids depend on the words around them: no ids and NO_IDS.
-        """
-        if self.tokenizer.encodes == "words":
-            each = self.tokenizer.word_ids([text.decode() for text in texts], first=bool(kind & FIRST))
-            nothing = NO_IDS if kind == FIRST else 0  # white space alone: the next word may be the first one
-            return np.fromiter(chain.from_iterable(each), self.dtype), np.array([len(ids) or nothing for ids in each])
-
-        before = "" if kind & FIRST or not self._first_differs else "x" if self._keep_runs else "x "
-        after = "" if kind & LAST else " y"
-        found = self.tokenizer.encode_each([f"{before}{text.decode()}{after}" for text in texts])
-        head, tail = np.array(self._ids_before if before else [], int), np.array(self._ids_after if after else [], int)
-
-        # all ids one behind the other; those of text i lie in ids[begins[i]:stops[i]], between head and tail
-        totals = np.array(list(map(len, found)), np.int64)
-        ids = np.fromiter(chain.from_iterable(found), np.int64, int(totals.sum()))
-        ends = np.cumsum(totals)
-        begins, stops = ends - totals + len(head), ends - len(tail)
-        sizes = np.maximum(stops - begins, 0)
-
-        # right where head and tail are there, and nothing between them could have merged with another neighbour
-        padded = np.concatenate([ids, np.zeros(len(head) + len(tail) + 1, np.int64)])  # a text may have fewer ids
-        right = stops >= begins
-        right &= (padded[(begins - len(head))[:, None] + np.arange(len(head))] == head).all(1)
-        right &= (padded[np.maximum(stops, 0)[:, None] + np.arange(len(tail))] == tail).all(1)
-        some = sizes > 0
-        if after:
-            right &= ~(some & self._open_ended[padded[stops - 1]])
-        if before:
-            right &= ~(some & (padded[begins] == self.tokenizer.unknown_id))
-
-        sizes[~right] = 0
-        middle = np.repeat(begins - np.cumsum(sizes) + sizes, sizes) + np.arange(int(sizes.sum()))
-        return ids[middle].astype(self.dtype), np.where(right, sizes, NO_IDS)
 
     def _encode_batch(self, documents: Sequence[bytes]) -> tuple[Array, Array, Array]:
         """As `encode`, of documents that fit into one batch."""
@@ -235,13 +187,14 @@ class Encoder:
 
     def _encode_by_words(self, texts: Sequence[bytes], flags: int, eos: int) -> tuple[Array, Array, Array]:
         """Ids, tokens and words of texts by their words; -1 tokens where that cannot be, EOS behind each if >= 0."""
+        rules = self._words
         self._table.make_room()
-        words, found = self._table.find(texts, flags, self._white, self._keep_runs, self._first_differs)
+        words, found = self._table.find(texts, flags, rules.white, rules.keep_runs, rules.first_differs)
         self._fill_table()
         return self._table.write(words, found, eos)
 
     def _fill_table(self) -> None:
-        """Find the ids of the entries that are new: plain words here, others by SentencePiece."""
+        """Find the ids of the entries that are new."""
         table = self._table
         first, last = table.filled, int(table.counts[0])
         if first == last:
@@ -249,23 +202,34 @@ class Encoder:
 
         begin = int(table.key_ends[first - 1]) if first else 0
         table.reserve(4 * (int(table.counts[1]) - begin))
-        if self._known is not None:
-            self._known.fill(table, first, last)
-        elif self._bpe is None:
-            table.entries[first:last, 1] = NEW
-        else:
-            table.used = segment_words(
-                table.keys, table.key_ends, table.kinds, first, last, self._white, self._bpe, table.entries, table.ids,
-                table.used,
-            )  # fmt: skip
+        self._words.fill(table, first, last)
 
         left = first + np.flatnonzero(table.entries[first:last, 1] == NEW)
         for kind in np.unique(table.kinds[left]).tolist():
             entries = left[table.kinds[left] == kind]
             texts = table.texts(entries)
-            ids, counts = self._encode_in_context(texts, kind)
+            ids, counts = self._words.encode(texts, kind)
             table.set_ids(entries, ids, counts, [len(text.decode().split()) for text in texts])
         table.filled = last
+
+
+def prepare(tokenizer: Tokenizer) -> str:
+    """Compile what an encoder of this tokenizer calls, for this process and others; returns its `path`.
+
+    It takes ten seconds of a core, once for each version of the kernels: see `kernels`. Workers that start after it
+    find all compiled.
+    """
+    encoder = Encoder(tokenizer, batch_bytes=16, max_words=2)  # small, so that the table also forgets
+    encoder.encode([b"a b c d e f"] * 2)
+    return encoder.path
+
+
+def _words_of(tokenizer: Tokenizer) -> Words:
+    if tokenizer.encodes == "words":
+        return TableWords(tokenizer)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return SentencePieceWords(tokenizer)
+    return HuggingFaceWords(tokenizer) if isinstance(tokenizer, HuggingFaceTokenizer) else NoWords(tokenizer)
 
 
 def _join(encoded: Sequence[tuple[Array, Array, Array]]) -> tuple[Array, Array, Array]:
@@ -273,11 +237,11 @@ def _join(encoded: Sequence[tuple[Array, Array, Array]]) -> tuple[Array, Array, 
     return np.concatenate(ids), np.concatenate(tokens), np.concatenate(words)
 
 
-def _batches(documents: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
-    """Documents up to BATCH_BYTES together, longer ones alone."""
+def _batches(documents: Sequence[bytes], batch_bytes: int) -> Iterator[Sequence[bytes]]:
+    """Documents up to batch_bytes together, longer ones alone."""
     first = size = 0
     for index, document in enumerate(documents):
-        if index > first and size + len(document) + 1 > BATCH_BYTES:
+        if index > first and size + len(document) + 1 > batch_bytes:
             yield documents[first:index]
             first, size = index, 0
         size += len(document) + 1

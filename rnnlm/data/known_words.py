@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numba
 import numpy as np
 
+from rnnlm.data.kernels import kernel
 from rnnlm.data.word_keys import HASHED, Array, U, hash_key, make_key, same_bytes
 from rnnlm.data.word_table import NEW, WordTable
 
@@ -19,7 +19,7 @@ SPACES = [chr(code) for code in range(0x3001) if chr(code).isspace()]  # the las
 MARGIN = 24  # bytes that make_key may read behind a word
 
 
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+@kernel
 def index_words(words: Array, word_ends: Array, slots: Array) -> None:
     """Put all words into the slots.
 
@@ -37,7 +37,7 @@ def index_words(words: Array, word_ends: Array, slots: Array) -> None:
         slots[slot, 0], slots[slot, 1], slots[slot, 2] = low, high, U(number)
 
 
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+@kernel
 def find_known(
     keys: Array, key_ends: Array, first: int, last: int, odd: Array, slots: Array, words: Array, word_ends: Array,
     tokens: Array, unknown: int, entries: Array, ids: Array, used: int,

@@ -4,7 +4,7 @@ A tokenizer is the bytes of one file, `model`, whose sha256 ties streams, checkp
 by these bytes, and within a stream, a run or a build by the name of the file:
 
     tokenizer.model   SentencePiece          words.txt   words, or another program's table of tokens
-    bytes.txt         the bytes of UTF-8
+    bytes.txt         the bytes of UTF-8         tokenizer.json   Hugging Face's
 
 Every document ends with the EOS token, which also stands before the first document, so there is none without an EOS.
 The price of one file for each: a model and a table that belong together are joined into one model (token_table).
@@ -29,11 +29,12 @@ TRAIN = "train one with tools/train_tokenizer.py"
 # of its own, which need not be there for the others.
 KINDS = {
     "tokenizer.model": ("rnnlm.data.sentencepiece_tokenizer", "SentencePieceTokenizer"),
+    "tokenizer.json": ("rnnlm.data.hugging_face_tokenizer", "HuggingFaceTokenizer"),
     "words.txt": ("rnnlm.data.word_tokenizer", "WordTokenizer"),
     "bytes.txt": ("rnnlm.data.byte_tokenizer", "ByteTokenizer"),
 }
 # How the files begin that are told by that; any other is a SentencePiece model.
-BEGINS = {b"# rnnlm words": "words.txt", b"# rnnlm bytes": "bytes.txt"}
+BEGINS = {b"{": "tokenizer.json", b"# rnnlm words": "words.txt", b"# rnnlm bytes": "bytes.txt"}
 
 
 class Tokenizer(ABC):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rnnlm.config import Config, TokenizerConfig
 from rnnlm.data.byte_tokenizer import ByteTokenizer
+from rnnlm.data.hugging_face_tokenizer import HuggingFaceTokenizer, with_eos
 from rnnlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rnnlm.data.token_table import read_table, rewrite_model, table_alone
 from rnnlm.data.tokenizer import Tokenizer, class_of, find, find_all, read_bounded
@@ -50,6 +51,8 @@ def load_tokenizer(config: Config) -> Tokenizer:
     if kind is SentencePieceTokenizer and (chosen.table or chosen.eos_piece):
         table = read_table(Path(chosen.table)) if chosen.table else None
         model = rewrite_model(model, str(path), chosen.eos_piece, table)
+    if kind is HuggingFaceTokenizer and chosen.eos_piece:
+        model = with_eos(model, str(path), chosen.eos_piece)
     tokenizer = kind(model, str(path))
     _check(tokenizer, chosen, path)
     return tokenizer

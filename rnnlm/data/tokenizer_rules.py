@@ -1,13 +1,11 @@
-"""What a SentencePiece model's rules say of words: whether a text's ids are those of its words, and which they are.
+"""A SentencePiece model as arrays for bpe_kernels: its pieces, its merges, and its rules of normalisation.
 
-Under a BPE model with SentencePiece's default whitespace splitting no piece has a space behind another character, so
-no merge crosses from a word into the space before the next one. Where the model is not of that kind, or one of its
-normalisation rules touches white space, `why_whole` says so. `bpe_tables` makes arrays of a model whose rules are
-plain, for bpe_kernels. The price: a model is read piece by piece in Python, a third of a second for 16,000 of them.
+The price: a model is read piece by piece in Python, a third of a second for 16,000 of them.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -16,49 +14,7 @@ from rnnlm.data.bpe_kernels import MAX_BPE_BYTES, PIECE_BITS, BpeTables, copy_me
 from rnnlm.data.sentencepiece_tokenizer import META, SentencePieceTokenizer
 from rnnlm.data.word_keys import Array
 
-WHITE = (9, 10, 11, 12, 13, 32)  # a word may end at these, if the model makes spaces of them
 LABEL = 0x800000FF  # of a node of the trie of rules: its byte; the high bit marks a value, which has none
-
-
-def why_whole(tokenizer: SentencePieceTokenizer) -> str:
-    """Why texts must be encoded whole under this model; empty where a text's ids are those of its words."""
-    model = tokenizer.proto()
-    kind = model.trainer_spec.ModelType.Name(model.trainer_spec.model_type).lower()
-    if kind not in ("bpe", "char"):
-        return f"a {kind} model weighs a text as a whole"
-    if model.trainer_spec.treat_whitespace_as_suffix or not model.normalizer_spec.escape_whitespaces:
-        return "the model does not write white space before words"
-
-    pieces = {piece.piece for piece in model.pieces if piece.type in (piece.NORMAL, piece.USER_DEFINED, piece.UNUSED)}
-    if META not in pieces:
-        return "the model has no piece for a space"
-    for piece in pieces:
-        if META in piece.lstrip(META) or any(chr(byte) in piece for byte in WHITE):
-            return f"the piece {piece!r} reaches over white space"
-
-    if any(set(found) & set(WHITE) for found in _rule_bytes(model.normalizer_spec.precompiled_charsmap)):
-        return "a normalisation rule reaches over white space"
-    before = tokenizer.encode("x")
-    if not tokenizer.normalize("x y").endswith(f"x{META}y") or tokenizer.encode("x y")[: len(before)] != before:
-        return "the rules change the words x and y, between which others are tried"
-    return ""
-
-
-def white_bytes(tokenizer: SentencePieceTokenizer) -> Array:
-    """(256,) bool: the bytes that are to this model what a space is."""
-    white = np.zeros(256, bool)
-    white[[byte for byte in WHITE if _is_space(tokenizer, chr(byte))]] = True
-    return white
-
-
-def _is_space(tokenizer: SentencePieceTokenizer, character: str) -> bool:
-    """Whether a character is to this model what a space is, at both ends of a text, alone, and beside a space."""
-    texts = (" x y", "x  y", "x y ", "  x   y  ")
-    return all(
-        tokenizer.normalize(text) == tokenizer.normalize(text.replace(" ", character, times))
-        for text in texts
-        for times in range(1, 8)
-    )
 
 
 def _split_rules(rules: bytes) -> tuple[Array, Array]:
@@ -74,7 +30,7 @@ def _split_rules(rules: bytes) -> tuple[Array, Array]:
     return trie, np.frombuffer(rules[4 + size :], np.uint8)
 
 
-def _rule_bytes(rules: bytes) -> tuple[list[int], list[int]]:
+def rule_bytes(rules: bytes) -> tuple[list[int], list[int]]:
     """Of all normalisation rules for two bytes or more: their first bytes, and their other bytes."""
     trie, _ = _split_rules(rules)
     if not len(trie):
@@ -113,20 +69,23 @@ def _children(trie: Array, bases: Array, nodes: Array) -> tuple[Array, Array]:
     return children[real], np.broadcast_to(labels, real.shape)[real]
 
 
-def bpe_tables(tokenizer: SentencePieceTokenizer) -> BpeTables | None:
-    """The model as arrays; None where only SentencePiece knows its rules: user-defined symbols, characters."""
+def bpe_tables(tokenizer: SentencePieceTokenizer) -> BpeTables | str:
+    """The model as arrays, or why only SentencePiece can segment its words."""
     model = tokenizer.proto()
     rules = model.normalizer_spec.precompiled_charsmap
     trie, replacements = _split_rules(rules)
-    if not _is_plain(model) or max(map(len, replacements.tobytes().split(b"\0"))) > 4 * MAX_BPE_BYTES:
-        return None
+    if why := _why_not_plain(model):
+        return why
+    if max(map(len, replacements.tobytes().split(b"\0"))) > 4 * MAX_BPE_BYTES:
+        return "a normalisation rule writes a long text"
 
     ids = [token for token, piece in enumerate(model.pieces) if piece.type == piece.NORMAL]
     ids.sort(key=lambda token: model.pieces[token].score)
     texts = [model.pieces[token].piece.encode() for token in ids]
     bytewise = {piece.piece: token for token, piece in enumerate(model.pieces) if piece.type == piece.BYTE}
     single, double = _ascii_pieces(texts)
-    pairs = any(byte < 128 for byte in _rule_bytes(rules)[1])  # a rule for two ASCII characters: none is alone
+    pairs = any(byte < 128 for byte in rule_bytes(rules)[1])  # a rule for two ASCII characters: none is alone
+    scores = [model.pieces[token].score for token in ids]
     ascii = [0 if pairs else _alone(tokenizer, chr(byte)) for byte in range(128)]
 
     tables = BpeTables(
@@ -134,6 +93,8 @@ def bpe_tables(tokenizer: SentencePieceTokenizer) -> BpeTables | None:
         piece_bytes=np.frombuffer(b"".join(texts) + bytes(24), np.uint8),
         piece_ends=np.cumsum([0, *map(len, texts)]),
         piece_ids=np.array([0, *ids]),
+        ranks=np.append(0, np.searchsorted(scores, scores, "right")).astype(np.int32),
+        made=np.arange(len(ids) + 1, dtype=np.int32),
         single=single,
         double=double,
         merges=np.zeros(1 << (2 * sum(map(len, texts))).bit_length(), np.uint64),
@@ -142,9 +103,10 @@ def bpe_tables(tokenizer: SentencePieceTokenizer) -> BpeTables | None:
         trie=trie,
         replacements=replacements,
         dummy_prefix=model.normalizer_spec.add_dummy_prefix,
+        symbol_starts=np.isin(np.arange(256), [symbol.encode()[0] for symbol in _symbols(model)]),
     )
     if not index_pieces(tables):
-        return None
+        return "a piece has a character that is no piece"
 
     found = tables.merges[tables.merges != 0]
     tables = tables._replace(merges=np.zeros(1 << (2 * len(found)).bit_length(), np.uint64))  # the smaller, the faster
@@ -152,17 +114,25 @@ def bpe_tables(tokenizer: SentencePieceTokenizer) -> BpeTables | None:
     return tables
 
 
-def _is_plain(model: Any) -> bool:
-    """Whether a model is BPE and nothing else: no symbols found before the merges, no two merges equally good."""
+def _why_not_plain(model: Any) -> str:
+    """Why words that hold no user-defined symbol are not segmented by merges alone; empty where they are."""
     if model.trainer_spec.model_type != model.trainer_spec.BPE:
-        return False
-    special = [piece for piece in model.pieces if piece.type != piece.NORMAL]
-    if any(piece.type in (piece.USER_DEFINED, piece.UNUSED) or len(piece.piece) < 2 for piece in special):
-        return False
-
+        return "the model has no merges"
+    others = [piece.piece for piece in model.pieces if piece.type not in (piece.NORMAL, piece.USER_DEFINED)]
+    if any(len(piece) < 2 for piece in others):
+        return "a control piece is a character of texts"
     normal = [piece for piece in model.pieces if piece.type == piece.NORMAL]
-    scores = [piece.score for piece in normal if len(piece.piece) > 1]
-    return len(set(scores)) == len(scores) and not len(normal) >> PIECE_BITS
+    if len(normal) >> PIECE_BITS or any(math.isnan(piece.score) for piece in normal):
+        return "a score is no number, or there are too many pieces"
+    for symbol in _symbols(model):
+        if symbol.startswith(META):
+            return f"every word may begin with the user-defined symbol {symbol!r}"
+    return ""
+
+
+def _symbols(model: Any) -> list[str]:
+    """The user-defined symbols of a model."""
+    return [piece.piece for piece in model.pieces if piece.type == piece.USER_DEFINED]
 
 
 def _ascii_pieces(texts: list[bytes]) -> tuple[Array, Array]:

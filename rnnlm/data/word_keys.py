@@ -2,17 +2,17 @@
 
 The key of up to 15 bytes is these bytes, their number and a kind, so that two comparisons compare whole words; of more
 bytes it is a hash, and who finds it must compare the bytes too. These functions are inlined into the kernels of
-word_table and bpe_kernels. The price: numba's caches notice an edit of a kernel's own module alone; after an edit
-here, remove rnnlm/data/__pycache__.
+word_table and bpe_kernels.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from rnnlm.data.kernels import inlined
 
 INLINE_BYTES = 15  # words up to this are compared in two registers, longer ones by hash and then byte by byte
 Array = npt.NDArray[Any]
@@ -23,7 +23,7 @@ ONES = U(0x0101010101010101)
 HASHED = U(0x80) << U(56)  # marks the keys of long words; kind and length of a short one stay below
 
 
-@numba.njit(inline="always")
+@inlined
 def load(data: Array, place: Any) -> Any:
     """Eight bytes of data (bytes,) uint8 from `place` on, the first one lowest."""
     word = U(0)
@@ -32,7 +32,7 @@ def load(data: Array, place: Any) -> Any:
     return word
 
 
-@numba.njit(inline="always")
+@inlined
 def mix(value: Any) -> Any:
     """A bijection that spreads every bit over the low ones."""
     value ^= value >> U(32)
@@ -40,13 +40,13 @@ def mix(value: Any) -> Any:
     return value ^ (value >> U(32))
 
 
-@numba.njit(inline="always")
+@inlined
 def hash_key(low: Any, high: Any) -> Any:
     """The hash of a key."""
     return mix((low * ODD) ^ (high * OTHER_ODD))
 
 
-@numba.njit(inline="always")
+@inlined
 def make_key(data: Array, start: Any, end: Any, kind: Any) -> tuple[Any, Any]:
     """The key (low, high) of data[start:end]; data (bytes,) uint8 has 16 more bytes behind `end` at least."""
     length = end - start
@@ -73,7 +73,7 @@ def make_key(data: Array, start: Any, end: Any, kind: Any) -> tuple[Any, Any]:
     return low, high | U(kind << 4 | length) << U(56)
 
 
-@numba.njit(inline="always")
+@inlined
 def same_bytes(data: Array, start: Any, keys: Array, offset: Any, length: Any) -> Any:
     """Whether data (bytes,) uint8 from `start` on and keys (bytes,) uint8 from `offset` on hold the same bytes."""
     place = 0

@@ -12,16 +12,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from rnnlm.data.kernels import inlined, kernel
 from rnnlm.data.word_keys import HASHED, ONES, Array, U, hash_key, load, make_key, same_bytes
 
 BLOCK = 512  # words found before they are looked up together, so that their cache misses overlap
-TABLE_SLOTS = 2**19  # of 32 bytes, so that none lies in two cache lines
-MAX_WORDS = TABLE_SLOTS // 2  # held at once; beyond, the first quarter stays: the frequent ones come early
-KEY_BYTES = 2**23  # of text of those words
+MAX_WORDS = 2**18  # held at once; beyond, the first quarter stays: the frequent ones come early
+WORD_BYTES = 2**5  # of text for each of them, on average
+RUN, BEGINS, SPACE = 1, 2, 4  # of a byte: it may stand in the white space before a word; it may begin that white space
+# behind another word; it is a space to the model. A word goes on through white space that may not begin one.
 FIRST, LAST = 1, 2  # a word's ids may depend on whether it begins its text, or is the white space at its end
 SPARE_IDS = 2**11  # always free behind the last id: more than any word has that is segmented by bpe_kernels
 NO_IDS = -1  # in place of a number of ids: they depend on what follows the word
@@ -29,7 +30,7 @@ NEW = -2  # likewise: not known yet
 HIGHS = U(0x8080808080808080)
 
 
-@numba.njit(inline="always")
+@inlined
 def _before_low(word: Any) -> Any:
     """How many of eight bytes stand before the first that is at most 32; 8 if none is."""
     # minus 33 in each byte: the high bit is set then, and was not before, where the byte is at most 32; a borrow may
@@ -39,20 +40,22 @@ def _before_low(word: Any) -> Any:
     return np.int64(((below & ONES) * ONES) >> U(56)) if low != U(0) else 8
 
 
-@numba.njit(inline="always")
+@inlined
 def _word_end(data: Array, place: Any, end: Any, white: Array) -> Any:
-    """The first white byte of data (bytes,) uint8 from `place` on, or `end`; white (256,) bool."""
+    """Where white space begins in data (bytes,) uint8 from `place` on, or `end`; white (256,) uint8."""
     while place < end:
         size = _before_low(load(data, place))
         place += size
         if size < 8:
-            if place >= end or white[data[place]]:
+            if place >= end or white[data[place]] & BEGINS:
                 break
+            while place < end and white[data[place]]:  # white space that the word goes on through
+                place += 1
             place += 1
     return min(place, end)
 
 
-@numba.njit(inline="always")
+@inlined
 def _fill_block(
     data: Array, place: Any, end: Any, opens: Any, flags: Any, white: Array, keep_runs: Any, first_differs: Any,
     block: Array,
@@ -77,7 +80,7 @@ def _fill_block(
         word = load(data, place)
         size = _before_low(word)
         length = place + size - start
-        if length < 8 and size < 8 and white[data[place + size]]:  # most words: make_key without its branches
+        if length < 8 and size < 8 and white[data[place + size]] & BEGINS:  # most words: make_key without its branches
             if keep_runs:
                 word = load(data, start)
             block[filled, 0] = word & ((U(1) << U(8 * length)) - U(1))
@@ -92,7 +95,7 @@ def _fill_block(
     return filled, place, opens
 
 
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+@kernel
 def find_words(
     data: Array, starts: Array, ends: Array, flags: int, white: Array, keep_runs: bool, first_differs: bool,
     slots: Array, keys: Array, key_ends: Array, kinds: Array, counts: Array, words: Array, found: Array, block: Array,
@@ -104,7 +107,7 @@ def find_words(
         starts: (texts,) int64, where each text begins in data.
         ends: (texts,) int64, where it ends.
         flags: FIRST | LAST, whether the texts open and end their documents.
-        white: (256,) bool, the bytes that separate words.
+        white: (256,) uint8, RUN, BEGINS and SPACE of each byte.
         keep_runs: a word begins with all the white space before it; else that is left out.
         first_differs: the first word of a document has another key than the same word later.
         slots: (2^k, 4) uint64, low, high, entry, and one unused; high is 0 where a slot is free.
@@ -161,7 +164,7 @@ def find_words(
         found[text] = written - begun
 
 
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+@kernel
 def keep_first(slots: Array, entries: int) -> None:
     """Rebuild slots (2^k, 4) uint64 with the first entries alone, in place of all: linear probing allows no holes."""
     kept = np.empty((entries, 3), np.uint64)
@@ -179,7 +182,7 @@ def keep_first(slots: Array, entries: int) -> None:
         slots[slot, :3] = kept[entry]
 
 
-@numba.njit(cache=True, boundscheck=False, error_model="numpy")
+@kernel
 def write_ids(
     words: Array, found: Array, entries: Array, ids: Array, eos: int, out: Array, tokens: Array, counted: Array
 ) -> Any:  # fmt: skip
@@ -227,17 +230,25 @@ def write_ids(
 class WordTable:
     """The words met so far, each an entry, numbered in the order in which they came, and their ids."""
 
-    def __init__(self, dtype: npt.DTypeLike, text_bytes: int):
-        """Take all memory; `text_bytes` of text are looked up at once at most, which are half as many words."""
-        entries = MAX_WORDS + text_bytes // 2
-        self.slots = _touched((TABLE_SLOTS, 4), np.uint64)
-        self.keys = _touched(KEY_BYTES + text_bytes, np.uint8)
+    def __init__(self, dtype: npt.DTypeLike, text_bytes: int, max_words: int = MAX_WORDS):
+        """Take all memory.
+
+        Args:
+            dtype: of the ids, uint16 or uint32.
+            text_bytes: of text looked up at once at most, which are half as many words.
+            max_words: a power of two, how many are held between two batches.
+        """
+        self._max_words, self._max_bytes = max_words, max_words * WORD_BYTES
+        entries = max_words + text_bytes // 2
+        # of 32 bytes each, so that none lies in two cache lines, and not all of them taken
+        self.slots = _touched((1 << max(max_words.bit_length(), entries.bit_length()), 4), np.uint64)
+        self.keys = _touched(self._max_bytes + text_bytes, np.uint8)
         self.key_ends = _touched(entries, np.int64)
         self.kinds = _touched(entries, np.uint8)
         self.counts = np.zeros(2, np.int64)  # entries, bytes of keys
         self.entries = _touched((entries, 4), np.int32)  # first id, number of ids, words
         self.filled = 0  # entries whose ids are known
-        self.ids, self.used = _touched(2**21, dtype), 0
+        self.ids, self.used = _touched(8 * max_words, dtype), 0
         self._block = np.zeros((BLOCK, 4), np.uint64)
 
     def find(
@@ -284,10 +295,10 @@ class WordTable:
 
     def make_room(self) -> None:
         """Before a batch: forget all but the oldest entries, if there are too many."""
-        if self.counts[0] <= MAX_WORDS and self.counts[1] <= KEY_BYTES:
+        if self.counts[0] <= self._max_words and self.counts[1] <= self._max_bytes:
             return
 
-        kept = min(MAX_WORDS // 4, int(np.searchsorted(self.key_ends[: self.filled], KEY_BYTES // 4)))
+        kept = min(self._max_words // 4, int(np.searchsorted(self.key_ends[: self.filled], self._max_bytes // 4)))
         keep_first(self.slots, kept)
         self.filled = kept
         self.used = int((self.entries[:kept, 0] + np.maximum(self.entries[:kept, 1], 0)).max(initial=0))

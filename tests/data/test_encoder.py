@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import make_text
+from conftest import RunHere, make_text
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rnnlm.data import encoder as encoder_module
-from rnnlm.data import word_table
-from rnnlm.data.encoder import Encoder
-from rnnlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from rnnlm.data.encoder import Encoder, prepare
+from rnnlm.data.sentencepiece_tokenizer import SentencePieceTokenizer, parse
 from rnnlm.data.tokenizer import Tokenizer
 
 TEXTS = [
@@ -64,6 +62,7 @@ WHOLE = {
     "spanning": {"split_by_whitespace": False},
     "symbols with spaces": {"user_defined_symbols": ["anna sees", "a\u2581b"]},
     "a space for x": {"normalization_rule_name": "user", "rules": [("x", "\u2581")], "add_dummy_prefix": False},
+    "a space is the sign itself": {"normalization_rule_name": "user", "rules": [(" ", "\u2581")]},
     "rules with spaces": {"normalization_rule_name": "user", "rules": [("a b", "c")]},
 }
 
@@ -112,10 +111,103 @@ def check(encoder: Encoder, texts: list[str]) -> None:
     assert tuple(array.tolist() for array in found) == expected(encoder.tokenizer, texts), texts
 
 
+def check_blocks(encoder: Encoder, text: str, cuts: list[int]) -> None:
+    blocks, rest = [], text
+    for cut in cuts:
+        blocks.append(rest[:cut].encode())
+        rest = rest[cut:]
+
+    found = list(encoder.encode_long(iter([*blocks, rest.encode()])))
+    ids, _, words = expected(encoder.tokenizer, [text])
+    assert np.concatenate([ids for ids, _ in found]).tolist() == ids
+    assert sum(words for _, words in found) == words[0]
+
+
 @pytest.mark.parametrize("name", [*BY_WORDS, *WHOLE])
 @given(texts=DOCUMENTS)
 def test_any_text_has_sentencepieces_ids(encoders: dict[str, Encoder], name: str, texts: list[str]) -> None:
     check(encoders[name], texts)
+
+
+Score = Callable[[int, float], float]
+
+
+def edited(tokenizer: Tokenizer, added: dict[str, float], score: Score) -> Tokenizer:
+    """A model with more pieces and other scores, as other people's have them; score: of a number and its own score."""
+    proto = parse(tokenizer.model)
+    there = {piece.piece for piece in proto.pieces}
+    for piece, own in added.items():
+        if piece not in there:
+            proto.pieces.add(piece=piece, score=own)
+    for number, piece in enumerate(proto.pieces):
+        piece.score = score(number, piece.score)
+    return SentencePieceTokenizer(proto.SerializeToString())
+
+
+CODE = [
+    "if (anna  sees) {\r\n    the cat;\r\n}\r\n", "a {\r", "{\r{\r \r\n", "(the\n)\nanna)\n )", "\n\n\n",
+    " \n x\t\t\ty", "x\n", "\nx", "a" + " " * 40 + "b" + " " * 7 + "c  ", "see" * 30, "cat\n" * 30,
+    "the dog\u2581\u2581 \u2581x", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("added", "score"),
+    [
+        # LLaMA-2 and Mistral: line ends in pieces, and runs of spaces, all of which are equally good
+        (
+            {"{": -9.0, "\r": -9.5, "{\r": -3.5, "\u2581" * 2: -1e9, "\u2581" * 4: -1e9, "\u2581" * 9: -1e9},
+            lambda _, own: own,
+        ),
+        ({")\n": -0.5, "\n": -80.0, ")": -81.0, "\u2581\n": -82.0}, lambda _, own: own),
+        ({"\n\n": -0.5, "\n": -80.0}, lambda number, _: -(number % 7)),  # where merges are equal, the leftmost is first
+        ({}, lambda number, own: 0.0),
+    ],
+)
+def test_models_that_people_bring_are_compiled(
+    added: dict[str, float], score: Score, tokenizers: dict[str, Tokenizer]
+) -> None:
+    for name in ("identity kept", "identity"):
+        encoder = Encoder(edited(tokenizers[name], added, score), batch_bytes=64)
+        assert encoder.path.endswith("compiled kernels")
+        check(encoder, [*CODE, *TEXTS[:40]])
+        check_blocks(encoder, " ".join(CODE), [5] * 60)
+
+
+def test_words_without_user_defined_symbols_are_compiled(tokenizers: dict[str, Tokenizer]) -> None:
+    proto = parse(tokenizers["default"].model)
+    proto.pieces.add(piece="[INST]", score=0.0, type=proto.pieces[0].USER_DEFINED)
+    encoder = Encoder(SentencePieceTokenizer(proto.SerializeToString()))
+    assert encoder.path.endswith("compiled kernels")
+    check(encoder, ["[INST] anna [INST]sees[INST]", "a[INST", "[[INST]]", *TEXTS[:20]])
+
+
+def test_a_document_larger_than_any_text_is_cut_under_these_models(tokenizers: dict[str, Tokenizer]) -> None:
+    encoder = Encoder(edited(tokenizers["identity kept"], {"{\r": -3.5, "\r": -9.0}, lambda number, own: own))
+    text = "if (anna sees) {\r\n  the cat;\r\n}\r\n" * 40_000
+    blocks = (text[at : at + 2**16].encode() for at in range(0, len(text), 2**16))
+    found = list(encoder.encode_long(blocks, max_word_bytes=2**18))
+    assert max(len(ids) for ids, _ in found) < 2**18
+    assert np.concatenate([ids for ids, _ in found]).tolist() == expected(encoder.tokenizer, [text])[0]
+
+
+def test_an_encoder_says_how_it_encodes(tokenizers: dict[str, Tokenizer], encoders: dict[str, Encoder]) -> None:
+    ends = {name: prepare(tokenizers[name]) for name in ("default", "characters", "unigram")}
+    assert ends["default"].endswith("by words, new words by compiled kernels")
+    assert "new words by the tokenizer's library: the model has no merges" in ends["characters"]
+    assert "whole by the tokenizer's library" in ends["unigram"] and "a unigram model" in ends["unigram"]
+    assert encoders["default"].path == ends["default"]
+
+
+def test_random_models(run_here: RunHere) -> None:
+    done = run_here("tools/fuzz_encoder.py", "--models=2", "--texts=40", "--seed=3")
+    assert done.returncode == 0 and "2 models, 80 texts, 0 mismatches" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_many_random_models(run_here: RunHere) -> None:
+    done = run_here("tools/fuzz_encoder.py", "--models=80", "--texts=500", "--seed=4")
+    assert done.returncode == 0 and "80 models, 40,000 texts, 0 mismatches" in done.stdout, done.stdout + done.stderr
 
 
 def test_models_that_need_whole_texts_are_known(encoders: dict[str, Encoder]) -> None:
@@ -127,21 +219,13 @@ def test_models_that_need_whole_texts_are_known(encoders: dict[str, Encoder]) ->
     assert "rule" in encoders["rules with spaces"].why_whole
 
 
-@pytest.fixture
-def tiny_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(encoder_module, "BATCH_BYTES", 128)
-    for name, value in {"TABLE_SLOTS": 512, "MAX_WORDS": 32, "KEY_BYTES": 256}.items():
-        monkeypatch.setattr(word_table, name, value)
-    yield
-
-
 @pytest.mark.parametrize("name", ["default", "identity kept", "symbols", "no bytes kept"])
-def test_a_table_that_forgets_changes_nothing(tiny_table: None, tokenizers: dict[str, Tokenizer], name: str) -> None:
-    encoder = Encoder(tokenizers[name])
+def test_a_table_that_forgets_changes_nothing(tokenizers: dict[str, Tokenizer], name: str) -> None:
+    encoder = Encoder(tokenizers[name], batch_bytes=128, max_words=32)
     for batch in range(20):
         check(encoder, [f"{text} {batch * 7}{index}" for index, text in enumerate(make_text(30, seed=batch))])
         check(encoder, ["a " * 300, " b" * 100, "word" * 100, " " * 500, "c\u3000 d " * 40, "\u200b " * 60])
-    assert encoder._table.counts[0] < 128
+    assert encoder._table.counts[0] < 160
 
 
 @pytest.mark.parametrize("name", BY_WORDS)
@@ -149,15 +233,7 @@ def test_a_table_that_forgets_changes_nothing(tiny_table: None, tokenizers: dict
 def test_a_long_document_may_come_in_any_blocks(
     encoders: dict[str, Encoder], name: str, text: str, cuts: list[int]
 ) -> None:
-    encoder, blocks, rest = encoders[name], [], text
-    for cut in cuts:
-        blocks.append(rest[:cut].encode())
-        rest = rest[cut:]
-
-    found = list(encoder.encode_long(iter([*blocks, rest.encode()])))
-    ids, _, words = expected(encoder.tokenizer, [text])
-    assert np.concatenate([ids for ids, _ in found]).tolist() == ids
-    assert sum(words for _, words in found) == words[0]
+    check_blocks(encoders[name], text, cuts)
 
 
 def test_characters_that_become_many_bytes_overrun_nothing() -> None:
