@@ -13,7 +13,6 @@ token is written twice, once to a unit file.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import threading
@@ -39,6 +38,7 @@ from rnnlm.data.stream_format import Manifest
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
 from rnnlm.hashing import json_digest
+from rnnlm.machine import cores
 
 _local = threading.local()  # each thread of a worker has an encoder of its own
 
@@ -157,7 +157,7 @@ class Build:
             return done
 
         task, tasks = self.task
-        workers = self.config.build.workers or len(os.sched_getaffinity(0))
+        workers = self.config.build.workers or cores()
         own_jobs = list(self._jobs(tasks if tasks > 1 else workers))[task::tasks]
         holder = self.context.work.parent / "builder"
         with (
