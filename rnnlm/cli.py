@@ -22,6 +22,7 @@ import yaml
 from rnnlm.config import Config, knobs
 from rnnlm.errors import UserError
 from rnnlm.knob import closest
+from rnnlm.texts import SPLITS, faults_of_texts
 
 Sections = dict[str, dict[str, Any]]  # section -> key -> value, as in a file
 
@@ -83,6 +84,9 @@ def read_config(
 
     faults = [fault for path, content in loaded.items() for fault in _unknown_keys(_keys_of_file(content), path)]
     faults += _unknown_keys(_keys_of_options(options), "the command line")
+    for content in loaded.values():
+        for key, value in content.get("corpus", {}).items():
+            faults += faults_of_texts(f"corpus.{key}", value) if key in SPLITS else []
     if faults:
         raise UserError("; ".join(faults))
 

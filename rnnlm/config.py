@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rnnlm.knob import Knob, knob
+from rnnlm.texts import SPLITS, Texts, faults_of_texts, named_sources
 
 # What a run is made of, by name; register_layer, register_head and register_optimizer append here.
 CELLS = ["lstm", "gru", "rnn"]
@@ -25,11 +26,13 @@ OPTIMIZERS = ["adam", "adamw", "sgd"]
 class CorpusConfig:
     """The text: which files, and what a document is."""
 
-    train: list[str] | str = ""
-    """Files, globs or fsspec URLs to train on: text, JSON lines or .parquet; .gz, .xz and .zst are decompressed."""
-    valid: list[str] | str = ""
+    train: Texts = ""
+    """Files, globs or fsspec URLs to train on: text, JSON lines or .parquet; .gz, .xz and .zst are decompressed. Or
+    named sources, as in {reviews: {paths: a/*.txt, share: 2.0}}: a share below 1 takes so many of its documents, chosen
+    by their hash, one above 1 repeats them, which needs corpus.shuffle_seed."""
+    valid: Texts = ""
     """The same for validation; empty: stream.valid_fraction of the training documents is split off."""
-    test: list[str] | str = ""
+    test: Texts = ""
     """The same for a test stream; empty: none."""
     document: Literal["line", "paragraph", "file", "jsonl"] = "line"
     """A line, lines up to an empty one, a whole file, or a field of a JSON object per line; in .parquet a row."""
@@ -49,6 +52,11 @@ class CorpusConfig:
     """Shuffle whole documents by this seed; -1: keep the order of the files."""
     unit_bytes: int = knob(32 * 2**20, at_least=1)
     """Decompressed bytes per work unit; does not change the result."""
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of each named source of train; of paths alone {'': 1.0}."""
+        return {name: source.share for name, source in named_sources(self.train).items()}
 
 
 @dataclass(frozen=True)
@@ -300,7 +308,31 @@ class Config:
         found = [fault for key, value in values.items() if (fault := declared[key].fault(key, value))]
         if None in values.values():
             return found  # what follows computes with them
-        return found + self._accumulation_faults() + self._slice_faults() + self._change_faults()
+        return (
+            found + self._corpus_faults() + self._accumulation_faults() + self._slice_faults() + self._change_faults()
+        )
+
+    def _corpus_faults(self) -> list[str]:
+        corpus, found = self.corpus, list[str]()
+        for split in SPLITS:
+            found += faults_of_texts(f"corpus.{split}", getattr(corpus, split))
+        if found:
+            return found
+
+        for split in ("valid", "test"):
+            for name, source in named_sources(getattr(corpus, split)).items():
+                if source.share != 1:
+                    found.append(
+                        f"corpus.{split}.{name}.share={source.share}: shares are for corpus.train; leave it out"
+                    )
+        if corpus.shuffle_seed < 0:
+            for name, share in corpus.shares.items():
+                if share > 1:
+                    found.append(
+                        f"corpus.train.{name}.share={share}: repeats documents, and copies would stand one behind the "
+                        "other; set corpus.shuffle_seed to 0 or more"
+                    )
+        return found
 
     def _accumulation_faults(self) -> list[str]:
         size, micro_batches = self.train.global_batch_size, self.train.accumulation

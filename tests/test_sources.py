@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, command, environment
 
 ROOMS = ("", "data", "data/build", "model", "checkpoint", "train")  # each imports only from those before it
-GROUND = ("errors", "hashing", "files", "knob", "config", "cli")
+GROUND = ("errors", "hashing", "files", "knob", "texts", "config", "cli")
 ALONE = {"checkpoint"}  # rooms that import from the ground floor alone
 TORCH = {"data/substreams", "model", "checkpoint", "train"}  # where torch may be imported
 HOMES = {

@@ -1,70 +1,216 @@
 """The files behind paths, globs and URLs, in a fixed order, on any file system that fsspec knows.
 
 A source's name is its path within the corpus, without the directory that all files share: a build is the same wherever
-the corpus lies. The price: a file that is renamed counts as another one.
+the corpus lies. The price: a file that is renamed counts as another one. A file is read once: the same one twice, under
+whatever names, would double its documents, or put them on both sides of a split, and is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import posixpath
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from rnnlm.config import as_list
+from rnnlm.config import CorpusConfig, as_list
 from rnnlm.errors import UserError
+from rnnlm.texts import SPLITS, Texts, named_sources
+
+EDGE_BYTES, BLOCK_BYTES, BLOCKS = 2**16, 2**12, 14  # of a file's content that its digest reads
+STAMPS = ("mtime", "ETag", "etag", "LastModified", "last_modified", "updated", "modified", "CRC", "created")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """One input file."""
 
     name: str  # within the corpus
+    path: str  # on its file system, as shown to the user
     size: int  # bytes on disk
     stamp: str  # changes with the file
-    file: Any  # fsspec's OpenFile: travels to workers, opens there
-
-    @property
-    def path(self) -> str:
-        """Its name as shown to the user."""
-        path: str = self.file.path
-        return path
+    group: str  # the named source that it belongs to; "": none
+    file_system: Any  # fsspec's, one for all files there: travels to workers
 
     def open(self) -> Any:
         """The file, opened for reading bytes; each call a handle of its own."""
-        return self.file.fs.open(self.file.path, "rb")
+        return self.file_system.open(self.path, "rb")
 
 
-def sources(paths: list[str] | str, key: str) -> list[Source]:
-    """The files behind `paths`, in the order given, each glob's matches sorted.
+class _File(NamedTuple):
+    """A file that was found, before all of them are known and it gets its name."""
+
+    file_system: Any
+    path: str
+    archive: str  # what stands behind it in a chained URL, as ::a.zip
+    group: str
+    size: int
+    stamp: str
+    identity: tuple[Any, ...]  # equal for all names of one file
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it needs no URL to be told from others."""
+        return "file" in as_list(self.file_system.protocol)
+
+
+def corpus_sources(corpus: CorpusConfig) -> dict[str, list[Source]]:
+    """The files of each split for which there are texts, no file twice.
 
     Raises:
-        UserError: nothing matches, a directory, or a file that cannot be read; `key` is the option to name.
+        UserError: as `sources`, or a file that belongs to two splits.
     """
-    import fsspec  # 0.1 s, and only readers of text need it
+    found = {split: _files(getattr(corpus, split), f"corpus.{split}") for split in SPLITS if getattr(corpus, split)}
+    _refuse_repeats({f"corpus.{split}": files for split, files in found.items()})
+    return {split: _named(files) for split, files in found.items()}
 
-    found = []
-    for pattern in as_list(paths):
+
+def sources(texts: Texts, key: str) -> list[Source]:
+    """The files behind `texts`, in the order given, each glob's matches sorted.
+
+    Raises:
+        UserError: nothing matches, a directory, the same file twice, one that cannot be read or has no size; `key` is
+            the option to name.
+    """
+    found = _files(texts, key)
+    _refuse_repeats({key: found})
+    return _named(found)
+
+
+def unchanged(source: Source) -> bool:
+    """Whether a file is still there with the size and the stamp that it had when it was found."""
+    source.file_system.invalidate_cache(source.path)
+    try:
+        _, size, stamp, _ = _status(source.file_system, source.path)
+    except OSError:
+        return False
+    return (size, stamp) == (source.size, source.stamp)
+
+
+def content_digest(source: Source) -> str:
+    """sha256 over a file's size, its beginning, its end and some blocks between; of a short file, over all of it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    size = source.size
+    ranges = [(0, size)]
+    if size > 2 * EDGE_BYTES + BLOCKS * BLOCK_BYTES:
+        between = size - 2 * EDGE_BYTES - BLOCK_BYTES
+        begins = [EDGE_BYTES + between * block // (BLOCKS - 1) for block in range(BLOCKS)]
+        ranges = [(0, EDGE_BYTES), *((at, at + BLOCK_BYTES) for at in begins), (size - EDGE_BYTES, size)]
+
+    digest = hashlib.sha256(size.to_bytes(8, "little"))
+    try:
+        for begin, end in ranges:
+            digest.update(source.file_system.cat_file(source.path, begin, end))
+    except OSError as error:
+        raise UserError(f"{source.path}: cannot be read ({error.strerror or error})") from error
+    return digest.hexdigest()
+
+
+def _files(texts: Texts, key: str) -> list[_File]:
+    """All files behind all paths of all sources."""
+    found: list[_File] = []
+    for group, source in named_sources(texts).items():
+        name = f"{key}.{group}" if group else key
+        for pattern in as_list(source.paths):
+            found += _matches(pattern, f"{name}={pattern}", group)
+    return found
+
+
+def _matches(pattern: str, what: str, group: str) -> Iterator[_File]:
+    """The files behind one path, glob or URL; `what` begins every error."""
+    from fsspec.core import url_to_fs  # 0.1 s, and only readers of text need it
+
+    try:
+        file_system, path = url_to_fs(pattern)
+        archive = "".join(pattern.partition("::")[1:])
+        is_glob = "*" in path
+        paths = sorted(file_system.glob(path)) if is_glob else [path]
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(f"{what}: cannot be opened ({error})") from error
+
+    count = 0
+    for each in paths:
         try:
-            matches = fsspec.open_files(pattern, mode="rb")
-        except (ImportError, ValueError, OSError) as error:
-            raise UserError(f"{key}={pattern}: cannot be opened ({error})") from error
-        if not matches:
-            raise UserError(f"{key}={pattern}: no file matches; give a path, a glob or a URL of text files")
+            kind, size, stamp, identity = _status(file_system, each)
+        except OSError as error:
+            raise UserError(f"{what}: cannot be read ({error.strerror or error})") from error
+        if kind == "directory" and is_glob:
+            continue
 
-        for file in matches:
-            try:
-                info = file.fs.info(file.path)
-            except OSError as error:
-                raise UserError(f"{key}={pattern}: cannot be read ({error.strerror or error})") from error
-            if info.get("type") == "directory":
-                raise UserError(f"{key}={pattern}: is a directory; name files, as in {pattern.rstrip('/')}/*.txt")
+        count += 1
+        _check_kind(kind, size, each, what, pattern)
+        yield _File(file_system, each, archive, group, size, stamp, identity)
+    if not count:
+        raise UserError(f"{what}: no file matches; give a path, a glob or a URL of text files")
 
-            # a local file's time, or what the object store of a URL has in its place
-            stamp = next((str(info[name]) for name in ("mtime", "ETag", "LastModified", "updated") if name in info), "")
-            found.append((file, int(info.get("size") or 0), stamp))
 
-    common = posixpath.commonpath([posixpath.dirname(file.path) for file, _, _ in found]) if found else ""
-    return [Source(file.path.removeprefix(common).lstrip("/"), size, stamp, file) for file, size, stamp in found]
+def _check_kind(kind: str, size: int, path: str, what: str, pattern: str) -> None:
+    """Refuse what is no file with a beginning and an end."""
+    if kind == "directory":
+        raise UserError(f"{what}: is a directory; name files, as in {pattern.rstrip('/')}/*.txt")
+    if kind == "other":
+        raise UserError(f"{what}: {path} is a pipe or a device; write what it gives to a file, and name that")
+    if size < 0:
+        raise UserError(
+            f"{what}: {path}: its server does not say how many bytes it has, so that a broken connection would look "
+            "like its end; download it, and name the copy"
+        )
+
+
+def _status(file_system: Any, path: str) -> tuple[str, int, str, tuple[Any, ...]]:
+    """(file, directory or other; bytes, -1 if nobody knows; stamp; identity) of what a path leads to."""
+    if "file" in as_list(file_system.protocol):
+        found = Path(path).stat()
+        kind = "directory" if stat.S_ISDIR(found.st_mode) else "file" if stat.S_ISREG(found.st_mode) else "other"
+        # size and time as well: some network file systems give two files one number
+        identity = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        return kind, found.st_size, str(found.st_mtime_ns), identity
+
+    info = file_system.info(path)
+    kind = "directory" if info.get("type") == "directory" else "file"
+    size = -1 if info.get("size") is None else int(info["size"])
+    stamp = next((str(info[name]) for name in STAMPS if info.get(name)), "")
+    return kind, size, stamp, (file_system._fs_token, path)
+
+
+def _refuse_repeats(found: dict[str, list[_File]]) -> None:
+    """Refuse a file that is there under two names, or in two of the options that are the keys."""
+    seen: dict[tuple[Any, ...], tuple[str, _File]] = {}
+    for key, files in found.items():
+        for file in files:
+            first_key, first = seen.setdefault(file.identity, (key, file))
+            if first is file:
+                continue
+
+            names = file.path if file.path == first.path else f"{first.path} and {file.path}, which are one file,"
+            one, other = _option(first_key, first), _option(key, file)
+            where = f"twice in {one}" if one == other else f"in {one} and in {other}"
+            raise UserError(f"{names} is {where}: its documents would count twice; leave it out once")
+
+
+def _option(key: str, file: _File) -> str:
+    return f"{key}.{file.group}" if file.group else key
+
+
+def _named(found: list[_File]) -> list[Source]:
+    """The files with their names: paths without the directory that all share; URLs, where some lie elsewhere."""
+    local = [file for file in found if file.is_local]
+    mixed = len({id(file.file_system) for file in found}) > 1
+    common = posixpath.commonpath({posixpath.dirname(file.path) for file in (local if mixed else found)} or [""])
+
+    named = []
+    for file in found:
+        if mixed and not file.is_local:
+            name = file.file_system.unstrip_protocol(file.path) + file.archive
+        else:
+            name = file.path.removeprefix(common).lstrip("/")
+        named.append(Source(name, file.path, file.size, file.stamp, file.group, file.file_system))
+    return named
 
 
 def is_parquet(source: Source) -> bool:

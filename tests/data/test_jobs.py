@@ -1,4 +1,4 @@
-"""Sources and jobs: every file is found and read once, however many workers share it."""
+"""Jobs: every file is read once, however many workers share it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from reading import COMPRESSED, PACK, Found, all_jobs, read_job, take
 
 from rnnlm.config import CorpusConfig
 from rnnlm.data.documents import Document, read
-from rnnlm.data.jobs import jobs
-from rnnlm.data.sources import sources
-from rnnlm.errors import UserError
 
 
 @pytest.mark.parametrize("suffix", COMPRESSED)
@@ -69,47 +66,3 @@ def test_small_files_share_a_unit_and_a_large_one_has_its_own(tmp_path: Path) ->
         assert unit == job.unit == job.stride == 0
         assert [item.name for item in items] == [source.name for source in job.sources]
         assert job.bytes(corpus) == sum(source.size for source in job.sources)
-
-
-def test_inputs_that_are_not_there(tmp_path: Path) -> None:
-    for pattern, message in (("*.nothing", "no file matches"), ("gone.txt", "cannot be read"), ("", "is a directory")):
-        with pytest.raises(UserError, match=rf"corpus.train=.*{message}"):
-            sources(str(tmp_path / pattern), "corpus.train")
-
-    with pytest.raises(UserError, match="corpus.valid=nowhere://text.txt: cannot be opened"):
-        sources("nowhere://text.txt", "corpus.valid")
-
-    (tmp_path / "text.txt").write_text("text")
-    corpus = CorpusConfig(train=str(tmp_path / "text.txt"), on_bad_record="skip")
-    (job,) = all_jobs(corpus)
-    (tmp_path / "text.txt").unlink()
-    with pytest.raises(UserError, match="text.txt: cannot be read"):
-        read_job(job, corpus)
-
-
-def test_sources_are_in_order_and_named_within_the_corpus(tmp_path: Path) -> None:
-    for name in ("b/2.txt", "b/1.txt", "a/3.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    found = sources([str(tmp_path / "b" / "*.txt"), str(tmp_path / "a" / "3.txt")], "corpus.train")
-    assert [source.name for source in found] == ["b/1.txt", "b/2.txt", "a/3.txt"]
-    assert [source.size for source in found] == [7, 7, 7]
-    assert all(source.stamp for source in found)
-
-    again = sources(str(tmp_path / "a" / "3.txt"), "corpus.train")
-    assert again[0].name == "3.txt"
-    assert again[0].stamp == found[2].stamp
-
-
-def test_any_url_of_fsspec() -> None:
-    import fsspec
-
-    with fsspec.open("memory://corpus/a.txt", "wb") as file:
-        file.write(b"one\ntwo\n")
-    with fsspec.open("memory://corpus/b.txt", "wb") as file:
-        file.write(b"three\n")
-    corpus = CorpusConfig(train="memory://corpus/*.txt")
-    found = sources(corpus.train, "corpus.train")
-    assert [source.name for source in found] == ["a.txt", "b.txt"]
-    items = [item for job in jobs("train", found, corpus, 1) for _, unit in read(job, corpus) for item in unit]
-    assert [item.data for item in items if isinstance(item, Document)] == [b"one", b"two", b"three"]

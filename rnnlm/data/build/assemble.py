@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rnnlm import files
-from rnnlm.config import Config, as_list
+from rnnlm.config import Config
 from rnnlm.data.build.executor import WorkerPool
 from rnnlm.data.build.external_sort import (
     Span,
@@ -75,7 +75,7 @@ class BuildContext:
 
     def holds_out(self, split: str) -> bool:
         """Whether some of this split's documents go to the valid stream."""
-        return split == "train" and not as_list(self.config.corpus.valid) and self.config.stream.valid_fraction > 0
+        return split == "train" and not self.config.corpus.valid and self.config.stream.valid_fraction > 0
 
     def unit_options(self, split: str) -> UnitOptions:
         """What shapes the units of a split."""

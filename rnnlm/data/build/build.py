@@ -27,7 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from rnnlm import files
-from rnnlm.config import Config, as_list
+from rnnlm.config import Config
 from rnnlm.data.build.assemble import SPAN_DOCUMENTS, SPAN_HASHES, SPAN_TOKENS, Assembler, BuildContext, UnitOfFiles
 from rnnlm.data.build.executor import WorkerPool, dask_pool, process_pool
 from rnnlm.data.build.inputs import Inputs
@@ -36,7 +36,7 @@ from rnnlm.data.build.units import write_unit
 from rnnlm.data.documents import Rejected, read
 from rnnlm.data.encoder import Encoder
 from rnnlm.data.jobs import Job, jobs
-from rnnlm.data.sources import Source, sources
+from rnnlm.data.sources import Source, corpus_sources
 from rnnlm.data.stream_format import Manifest
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
@@ -78,13 +78,12 @@ class Build:
         """
         if not config.stream.directory:
             raise UserError("stream.directory is not set; give the directory for the streams")
-        if not as_list(config.corpus.train):
+        if not config.corpus.train:
             raise UserError("corpus.train is not set; give text files, as in --corpus.train=my.txt")
 
         self.config, self.tokenizer = config, tokenizer
         self.task = parse_task(config.build.task)
-        given = {"train": config.corpus.train, "valid": config.corpus.valid, "test": config.corpus.test}
-        self.inputs = {split: sources(paths, f"corpus.{split}") for split, paths in given.items() if as_list(paths)}
+        self.inputs = corpus_sources(config.corpus)
         self.context = BuildContext(config, self._work(config.corpus.on_bad_record), tokenizer.digest)
         self.splits = [*self.inputs, *(["valid"] if self.context.holds_out("train") else [])]
 
