@@ -93,6 +93,9 @@ class StreamConfig:
     """Share of training documents, chosen by a keyed hash of their text, that become the valid stream."""
     split_seed: int = knob(0, at_least=0, below=2**63)
     """The key of that hash."""
+    valid_max_tokens: int = knob(2**24, at_least=0)
+    """Most tokens of a valid stream that is split off: a half, a quarter ... of the share is taken until it has no
+    more, and the rest is trained on. 0: any number."""
     shard_tokens: int = knob(2**27, at_least=1)
     """Tokens per shard file (2 or 4 bytes each)."""
     verify: bool = knob(False, changeable=True)

@@ -7,8 +7,9 @@ unit's edges, and the result does not depend on which worker reads what:
     bytes   0         32 MiB      64 MiB      96 MiB       plain file: a worker opens it at any edge
             |..a....b.|....c......|...........|.d..e..|    unit 0: a b    1: c (to its end)    2: nothing    3: d e
 
-A compressed file has no edges to open it at: a job reads it from its start and encodes every n-th unit. The price: n
-workers on one compressed file decompress it n times; many files share the work better than one.
+A compressed file has no edges to open it at: a job reads it from its start, and where there are more workers than such
+files, several jobs read each and share its units. The price: n workers on one compressed file decompress it n times;
+many files share the work better than one.
 """
 
 from __future__ import annotations
@@ -24,17 +25,16 @@ from rnnlm.errors import UserError
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker reads at a time: units `unit`, `unit + stride`, ... of a file; unit 0 of several small files."""
+    """What one worker reads at a time: one unit, some small files as unit 0, or a file from its start.
+
+    Several jobs read such a file, each of which encodes those units that no other has begun.
+    """
 
     split: str
     file: int  # index of the first one among the files of its split
     sources: tuple[Source, ...]
-    unit: int = 0
-    stride: int = 0  # 0: this unit alone
-
-    def owns(self, unit: int) -> bool:
-        """Whether a unit of its file is this job's to encode."""
-        return unit % self.stride == self.unit if self.stride else unit == self.unit
+    unit: int = 0  # or which of the jobs that read the file from its start
+    stride: int = 0  # how many of these there are; 0: it is opened where the unit begins
 
     def bytes(self, corpus: CorpusConfig) -> int:
         """About how many bytes it reads from disk."""
@@ -45,7 +45,7 @@ class Job:
 
     def __str__(self) -> str:
         files = self.sources[0].path + (f" and {len(self.sources) - 1} more files" if len(self.sources) > 1 else "")
-        return f"{files}, unit {self.unit}" + (f" and every {self.stride}th after it" if self.stride > 1 else "")
+        return files if self.stride else f"{files}, unit {self.unit}"
 
 
 def jobs(split: str, files: list[Source], corpus: CorpusConfig, workers: int) -> Iterator[Job]:

@@ -30,7 +30,7 @@ from rnnlm.hashing import json_digest
 
 FORMAT = "rnnlm-stream"
 VERSION = 3
-LATER_FIELDS = ("sources", "origins_sha256")  # of the manifest, since version 3
+LATER_FIELDS = ("sources", "repeated", "origins_sha256")  # of the manifest, since version 3
 HEADER_BYTES = 128  # numpy pads headers to 64; ours always fit into 128
 MANIFEST_BYTES = 2**26  # no manifest is larger: 10,000 shards take 2 MB
 
@@ -53,6 +53,7 @@ class Manifest:
     words: int
     unknown_tokens: int  # always 0 with byte fallback; a foreign tokenizer may lose text
     records: Mapping[str, int]  # read = kept + empty + duplicate + rejected, each rejection under its reason
+    repeated: int = 0  # documents that are there once more, as shares above 1 ask for; not among the records
     mended: int  # documents repaired: kept with U+FFFD in place of invalid UTF-8
     source: Mapping[str, Any]  # what it was built from: same source, same stream
     sources: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # name -> documents, text_bytes, tokens
@@ -116,7 +117,7 @@ class Manifest:
 
 def _wrong_field(body: Mapping[str, Any], version: int) -> str:
     """The first field of a manifest that is missing, unknown, or of a type or size that no stream has; or nothing."""
-    counts = ("vocab_size", "tokens", "documents", "text_bytes", "words", "unknown_tokens", "mended")
+    counts = ("vocab_size", "tokens", "documents", "text_bytes", "words", "unknown_tokens", "repeated", "mended")
     digests = ("tokenizer", "documents_sha256", "origins_sha256", "rejected_sha256")
     rules: dict[str, Callable[[Any], bool]] = {
         **dict.fromkeys(counts, _is_count),

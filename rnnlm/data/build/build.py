@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from tqdm import tqdm
 
 from rnnlm import files
 from rnnlm.config import Config
-from rnnlm.data.build.assemble import SPAN_DOCUMENTS, SPAN_HASHES, SPAN_TOKENS, Assembler, BuildContext, UnitOfFiles
-from rnnlm.data.build.executor import WorkerPool, dask_pool, process_pool
+from rnnlm.data.build.assemble import Assembler, BuildContext, UnitOfFiles
+from rnnlm.data.build.executor import WorkerPool, dask_pool, process_pool, stopping
 from rnnlm.data.build.inputs import Inputs
+from rnnlm.data.build.shared_tasks import LOCKS, SharedPool, joined, taken
 from rnnlm.data.build.unit_file import write_json
 from rnnlm.data.build.units import write_unit
 from rnnlm.data.documents import Rejected, read
@@ -56,15 +58,51 @@ def encode_job(context: BuildContext, job: Job) -> None:
         assert tokenizer.digest == context.digest
         _local.encoder, _local.digest = Encoder(tokenizer), context.digest
 
-    passed = []
+    locks, options = context.work / LOCKS, context.unit_options(job.split)
+    names, passed = [source.name for source in job.sources], []
     for number, items in read(job, context.config.corpus):
+        if stopping():
+            return
         path = context.unit_path(job, number)
-        if job.owns(number) and not path.exists():
-            names = [source.name for source in job.sources]
-            write_unit(path, items, names, context.unit_options(job.split), _local.encoder)
+        with taken(locks, path) as is_mine:  # else it is passed over
+            if is_mine:
+                write_unit(path, items, names, options, _local.encoder)
         passed.append(number)
     if job.stride:
         write_json(context.listing_path(job), passed)
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """A job, as processes share it."""
+
+    context: BuildContext
+    job: Job
+
+    @property
+    def path(self) -> Path:
+        """The file that tells that the job is done, or at least that all its units are known."""
+        if self.job.stride:
+            return self.context.listing_path(self.job)
+        return self.context.unit_path(self.job, self.job.unit)
+
+    def is_done(self, exists: Callable[[Path], bool]) -> bool:
+        """Whether all its units are there."""
+        if not exists(self.path):
+            return False
+        numbers = json.loads(self.path.read_bytes()) if self.job.stride else []
+        return all(exists(self.context.unit_path(self.job, number)) for number in numbers)
+
+
+def run_encode_task(context: BuildContext, task: EncodeTask) -> None:
+    """Do a job, unless it is done; a file that can only be read from its start has so many readers, not more."""
+    if not task.job.stride:
+        encode_job(context, task.job)
+    elif not task.is_done(Path.exists):
+        reader = task.path.with_suffix(f".reader-{task.job.unit}")
+        with taken(context.work / LOCKS, reader) as is_mine:
+            if is_mine:
+                encode_job(context, task.job)
 
 
 class Build:
@@ -91,8 +129,8 @@ class Build:
         """The directory of this build's own files: its name is a digest of all that they depend on."""
         stamps = [[file.path, file.stamp] for inputs in self.inputs.values() for file in inputs]
         other = {"on_bad_record": on_bad_record, "unit_bytes": self.config.corpus.unit_bytes, "stamps": stamps}
-        other["spans"] = [SPAN_HASHES, SPAN_TOKENS, SPAN_DOCUMENTS]  # spill files of other sizes are of no use
-        return Path(self.config.stream.directory) / "build.partial" / json_digest({**self._options(), **other})[:16]
+        name = f"work-{json_digest({**self._options(), **other})[:16]}"
+        return Path(self.config.stream.directory) / "build" / name
 
     def source(self) -> dict[str, Any]:
         """What the streams are made from; recorded in the manifest, so that a finished build is known again."""
@@ -109,7 +147,9 @@ class Build:
             "max_whole_bytes": corpus.max_whole_bytes,
             "deduplicate": corpus.deduplicate,
             "shuffle_seed": corpus.shuffle_seed,
+            "shares": corpus.shares,
             "valid_fraction": stream.valid_fraction,
+            "valid_max_tokens": stream.valid_max_tokens,
             "split_seed": stream.split_seed,
             "shard_tokens": stream.shard_tokens,
             "tokenizer": self.tokenizer.digest,
@@ -142,13 +182,13 @@ class Build:
     def run(
         self, progress: Callable[[int], None], executor: Callable[[], Executor] | None = None
     ) -> dict[str, Manifest]:
-        """Do what is left of the build, or of one task; calls progress(bytes read from disk) on the way.
+        """Do what is left of the build, with all others who do; calls progress(bytes read from disk) on the way.
 
         Args:
             executor: makes the executor that encodes, again if it breaks; None: what the build section says.
 
         Returns:
-            The manifests of all streams; none after a task of an array.
+            The manifests of all streams.
 
         Raises:
             UserError: nothing to train on, a bad record, a unit that kills its worker, a foreign stream in the way,
@@ -156,78 +196,61 @@ class Build:
         """
         done = self.finished()
         if set(done) == set(self.splits):
-            shutil.rmtree(self.context.work.parent, ignore_errors=True)
+            self._clean()
             return done
 
-        task, tasks = self.task
+        work, directory = self.context.work, self.config.stream.directory
         workers = self.config.build.workers or cores()
-        own_jobs = list(self._jobs(tasks if tasks > 1 else workers))[task::tasks]
-        holder = self.context.work.parent / "builder"
+        tasks = self._tasks(workers * self.task[1])
         with (
-            files.locked(Path(self.config.stream.directory), holder, "build", shared=tasks > 1),
-            self._make_pool(executor, workers, len(own_jobs)) as pool,
+            joined(work.parent / "lock", work.name, directory) as leave,
+            self._make_pool(executor, min(workers, len(tasks))) as pool,
         ):
-            self._prepare_work()
-            self._encode(own_jobs, pool, progress)
-            if tasks > 1:  # the streams are for the one command without build.task
-                return {}
-            units = {split: self._units_of(split) for split in self.inputs}
-            assembler = Assembler(self.context, self.tokenizer, self.source(), Inputs(self.inputs), units, pool)
-            manifests = assembler.run(sorted(set(self.splits) - set(done)))
-            shutil.rmtree(self.context.work.parent)
-        return {**done, **manifests}
+            done = self.finished()  # another process may have committed in between
+            if left := sorted(set(self.splits) - set(done)):
+                self._prepare_work()
+                shared = SharedPool(pool, work, self.task)
+                self._encode(shared, tasks, progress)
+                units = {split: self._units_of(split) for split in self.inputs}
+                assembler = Assembler(self.context, self.tokenizer, self.source(), Inputs(self.inputs), units, shared)
+                done |= assembler.run(left)
+            if leave():  # the last one
+                self._clean()
+        return done
 
-    def _make_pool(self, executor: Callable[[], Executor] | None, workers: int, job_count: int) -> WorkerPool:
+    def _clean(self) -> None:
+        """Remove what no build needs any more."""
+        shutil.rmtree(self.context.work, ignore_errors=True)
+
+    def _make_pool(self, executor: Callable[[], Executor] | None, workers: int) -> WorkerPool:
         if executor is not None:
             return WorkerPool(executor, workers)
         if self.config.build.dask:
             return dask_pool(self.config.build.dask)
-        return process_pool(min(workers, job_count))
+        return process_pool(workers)
 
-    def _jobs(self, workers: int) -> Iterator[Job]:
-        return chain.from_iterable(
-            jobs(split, inputs, self.config.corpus, workers) for split, inputs in self.inputs.items()
-        )
+    def _tasks(self, workers: int) -> list[EncodeTask]:
+        """All jobs, with readers enough for so many workers: the largest first, further readers of a file last."""
+        corpus = self.config.corpus
+        every = chain.from_iterable(jobs(split, inputs, corpus, workers) for split, inputs in self.inputs.items())
+        order = sorted(every, key=lambda job: (job.unit if job.stride else 0, -job.bytes(corpus)))
+        return [EncodeTask(self.context, job) for job in order]
 
     def _prepare_work(self) -> None:
-        """Continue in the work directory of the same build; another's is removed."""
-        work, shared = self.context.work, self.task[1] > 1
-        strict = self._work("fail")  # its units had no bad record: they serve under any policy
-        others = [path for path in work.parent.iterdir() if path.is_dir() and path not in (work, strict)]
-        if shared and others:
-            raise UserError(f"{work.parent}: tasks of another build are there; wait for them, or remove it")
+        """Continue in the work directory of the same build."""
+        (self.context.work / "units").mkdir(parents=True, exist_ok=True)
+        if not (self.context.work / "tokenizer.model").exists():
+            files.write_file(self.context.work / "tokenizer.model", self.tokenizer.model)
 
-        if not work.exists() and strict.exists() and not shared:
-            strict.rename(work)
-        (work / "units").mkdir(parents=True, exist_ok=True)
-        if not (work / "tokenizer.model").exists():
-            files.write_file(work / "tokenizer.model", self.tokenizer.model)
-
-        if not shared:  # else other tasks may be writing what seems left over
-            for other in {*others, strict} - {work}:
-                shutil.rmtree(other, ignore_errors=True)
-            for leftover in chain(work.glob(".*"), work.glob("*/.*")):
-                leftover.unlink()
-
-    def _encode(self, own_jobs: Sequence[Job], pool: WorkerPool, progress: Callable[[int], None]) -> None:
-        """Encode what is not encoded yet."""
+    def _encode(self, shared: SharedPool, tasks: Sequence[EncodeTask], progress: Callable[[int], None]) -> None:
+        """Have all units encoded."""
         corpus = self.config.corpus
-        left = []
-        for job in own_jobs:
-            if self._is_done(job):
-                progress(job.bytes(corpus))
-            else:
-                left.append(job)
-        failed = pool.run(encode_job, self.context, left, lambda job: progress(job.bytes(corpus)))
-        self._reject_units(failed)
 
-    def _is_done(self, job: Job) -> bool:
-        if not job.stride:
-            return self.context.unit_path(job, job.unit).exists()
-        if not self.context.listing_path(job).exists():
-            return False
-        numbers = json.loads(self.context.listing_path(job).read_bytes())
-        return all(self.context.unit_path(job, n).exists() for n in numbers if job.owns(n))
+        def report(task: EncodeTask) -> None:
+            progress(task.job.bytes(corpus))
+
+        failed = shared.run("encode", tasks, run_encode_task, self.context, report)
+        self._reject_units([task.job for task in failed])
 
     def _reject_units(self, failed: Sequence[Job]) -> None:
         """Units that killed two workers: an error, or with bad records skipped a rejected record each."""
@@ -262,9 +285,9 @@ def parse_task(text: str) -> tuple[int, int]:
     Raises:
         UserError: anything else.
     """
-    found = re.fullmatch(r"(\d+)/(\d+)", text or "0/1")
-    if not found or int(found[1]) >= int(found[2]):
-        raise UserError(f"build.task={text}: expected a task of an array, from 0/16 to 15/16 if there are 16")
+    found = re.fullmatch(r"(\d+)/([1-9]\d*)", text or "0/1")
+    if not found:
+        raise UserError(f"build.task={text}: expected a task and how many there are, as in 3/16")
     return int(found[1]), int(found[2])
 
 

@@ -139,7 +139,7 @@ class SharedPool:
 
     pool: WorkerPool
     work: Path  # the directory of this build, the same for all who share it
-    place: float = 0.0  # in [0, 1): where in a list of tasks to begin, so that processes seldom meet
+    task: tuple[int, int] = (0, 1)  # (i, n): begin with every n-th task from the i-th on, so that processes seldom meet
 
     def run(
         self,
@@ -157,8 +157,9 @@ class SharedPool:
             on_done: called for each task, also those that others did.
         """
         announce(self.work, phase, tasks)
-        begin = int(self.place * len(tasks))
-        left, failed, over, pause = [*tasks[begin:], *tasks[:begin]], list[AnyTask](), set[int](), 0.0
+        own, count = self.task
+        left = [task for first in range(own, own + count) for task in tasks[first % count :: count]]
+        failed, over, pause = list[AnyTask](), set[int](), 0.0
 
         def look(looked_at: Sequence[AnyTask], exists: Callable[[Path], bool]) -> None:
             for task in looked_at:
@@ -186,14 +187,6 @@ class SharedPool:
             raise UserError(
                 f"{failed[0].path}: its worker was killed twice, out of memory perhaps; use fewer build.workers"
             )
-
-    def write_here(self, task: FileTask) -> None:
-        """Have the file of one task there, written by this process itself if by this one at all."""
-        pause = 0.0
-        while not Listing().__contains__(task.path):
-            time.sleep(pause)
-            pause = min(2 * pause + 0.01, PAUSE_SECONDS)
-            run_file_task(self.work / LOCKS, task)
 
 
 def announce(work: Path, phase: str, tasks: Sequence[Task]) -> None:

@@ -98,4 +98,4 @@ def test_an_empty_corpus_is_refused_and_leaves_no_stream(tmp_path: Path, tokeniz
     (tmp_path / "empty.txt").write_text(text)
     with pytest.raises(UserError, match=r"corpus.train: no text in it"):
         Build(config_of(tmp_path / "out", str(tmp_path / "empty.txt")), tokenizer).run(lambda size: None)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["build.partial"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["build"]

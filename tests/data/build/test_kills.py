@@ -48,6 +48,7 @@ def test_a_stream_removed_while_the_build_is_unfinished_is_made_again(
 ) -> None:
     directory, log = prepare(tmp_path / "s", tokenizer), tmp_path / "log"
     assert faulty("commit:2", log, *options(text, directory))[0] == -signal.SIGKILL
+    assert (directory / "valid").exists() and not (directory / "train").exists(), "what training opens first comes last"
     shutil.rmtree(directory / "valid")
     assert faulty("none", log, *options(text, directory))[0] == 0
     assert digests(directory) == whole
@@ -77,7 +78,7 @@ def test_fault_25_killed_anywhere_the_same_command_continues(
     code, stderr = faulty("none", log, *given)
     assert code == 0, stderr
     assert digests(directory) == whole
-    assert sorted(path.name for path in directory.iterdir()) == ["tokenizer.model", "train", "valid"]
+    assert sorted(path.name for path in directory.iterdir()) == ["build", "tokenizer.model", "train", "valid"]
     twice = [name for name in set(encoded(log)) if encoded(log).count(name) > 1]
     assert len(twice) <= workers, "a unit that was renamed but not logged, one for each worker at most"
     assert fault.startswith("unit") or encoded(log) == before, "the commit encodes nothing again"
@@ -104,8 +105,8 @@ def test_fault_25_killed_while_deduplicating_or_shuffling(
 
 def progress_of(directory: Path) -> str:
     """How far an unfinished build has come."""
-    entries = len(list(directory.glob("build.partial/*/train-shard-*.json")))
-    units = len(list(directory.glob("build.partial/*/units/*.unit")))
+    entries = len(list(directory.glob("build/work-*/train-shard-*.json")))
+    units = len(list(directory.glob("build/work-*/units/*.unit")))
     return "commit" if (directory / "valid").exists() or entries else f"{units} units"
 
 
@@ -194,7 +195,7 @@ def test_fault_26_a_unit_that_kills_its_workers_fails_alone(text: Path, tokenize
     code, stderr = faulty(fault, log, *options(text, directory, workers=2))
     assert code == 2, stderr
     assert f"{text}, unit 11 (bytes 33,000 to 36,000): killed its worker twice" in stderr, stderr
-    units = sorted(directory.glob("build.partial/*/units/*.unit"))
+    units = sorted(directory.glob("build/work-*/units/*.unit"))
     assert len(units) == -(-text.stat().st_size // UNIT_BYTES) - 1, "all others are done"
     assert not (directory / "train").exists()
 
@@ -216,7 +217,7 @@ def test_fault_24_a_full_disk_is_reported_and_the_build_continues(
         code, stderr = faulty(fault, log, *options(text, directory))
         assert code == 1, stderr
         assert stderr.strip().splitlines()[-1].startswith("error: [Errno 28] No space left on device; make room")
-        assert not list(directory.glob("build.partial/*/*/.*")), "no half file stays"
+        assert not list(directory.glob("build/work-*/*/.*")), "no half file stays"
 
     assert len(encoded(log)) == len(set(encoded(log))) > 8
     assert faulty("none", log, *options(text, directory))[0] == 0

@@ -39,9 +39,9 @@ def tasks_in(work: Path) -> list[FileTask]:
     return [FileTask(work / f"file-{number}", write, (work / f"file-{number}",)) for number in range(TASKS)]
 
 
-def share(work: Path, place: float = 0.0) -> None:
+def share(work: Path, task: tuple[int, int] = (0, 1)) -> None:
     with WorkerPool(Inline, 1) as pool:
-        SharedPool(pool, work, place).write("phase", tasks_in(work))
+        SharedPool(pool, work, task).write("phase", tasks_in(work))
     assert all(task.path.exists() for task in tasks_in(work))
 
 
@@ -50,7 +50,7 @@ def written(work: Path) -> Counter[str]:
 
 
 def test_those_who_share_tasks_do_each_once_and_all_return_when_all_are_done(work: Path) -> None:
-    threads = [threading.Thread(target=share, args=(work, place)) for place in (0.0, 0.3, 0.3, 0.9)]
+    threads = [threading.Thread(target=share, args=(work, task)) for task in ((0, 1), (1, 3), (1, 3), (7, 4))]
     for thread in threads:
         thread.start()
     for thread in threads:
