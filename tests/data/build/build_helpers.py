@@ -121,9 +121,9 @@ def faulty(fault: str, log: Path, *given: str) -> tuple[int, str]:
     return process.returncode, stderr
 
 
-def first_unit(log: Path) -> float:
-    """Wait until a worker begins with a unit; the time."""
-    while not log.exists():
+def first_unit(log: Path, process: subprocess.Popen[str]) -> float:
+    """Wait until a worker begins with a unit, or the build has ended; the time."""
+    while not log.exists() and process.poll() is None:
         time.sleep(0.002)
     return time.monotonic()
 

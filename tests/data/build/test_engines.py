@@ -66,7 +66,7 @@ def test_tasks_of_an_array_started_one_after_the_other_and_one_killed(
     for task, fault in ((3, "unit:6"), (0, "none"), (9, "spill_shuffled:2"), (1, "none")):
         log = tmp_path / f"log{task}"
         running.append(start(fault, log, *options(text, directory, **given), f"--build.task={task}/4"))
-        first_unit(log)
+        first_unit(log, running[-1])
 
     for process in running:
         stderr = process.communicate(timeout=120)[1]

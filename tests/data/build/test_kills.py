@@ -117,7 +117,7 @@ def test_fault_25_fifty_kills_at_any_moment(tokenizer: Tokenizer, tmp_path: Path
     many.write_text("\n".join(make_text(12_000, seed=5)), encoding="utf-8")
     directory, log = prepare(tmp_path / "timed", tokenizer), tmp_path / "timed.log"
     process = start("none", log, *options(many, directory, workers=2))
-    begun = first_unit(log)
+    begun = first_unit(log, process)
     process.communicate(timeout=120)
     duration, expected = time.monotonic() - begun, digests(directory)
 
@@ -127,7 +127,7 @@ def test_fault_25_fifty_kills_at_any_moment(tokenizer: Tokenizer, tmp_path: Path
         directory, log = prepare(tmp_path / f"s{kill}", tokenizer), tmp_path / f"log{kill}"
         given = options(many, directory, workers=2)
         process = start("none", log, *given)
-        first_unit(log)
+        first_unit(log, process)
         time.sleep(duration * (kill + draw.random()) / 75)
         running = process.poll() is None
         if running:
