@@ -109,7 +109,8 @@ class BuildConfig:
     workers: int = knob(0, at_least=0, changeable=True)
     """Processes that encode; 0: one per core."""
     task: str = knob("", changeable=True)
-    """'3/16': do task 3 of 0 ... 15 of a job array and stop; without, do what is left, and commit."""
+    """'3/16': begin with every 16th piece of the work from the 3rd on, then take what others have not begun; any number
+    of such processes, and those without, share a build on all machines that see the directory."""
     dask: str = knob("", changeable=True)
     """Address of a Dask scheduler whose workers encode, as in tcp://host:8786; all must see the same files."""
 

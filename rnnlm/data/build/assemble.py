@@ -163,7 +163,7 @@ class Assembler:
             parts = _cut_into_parts(choices, sizes)
             counts = [spill_path(self.context.work / split, "counts", index) for index in range(len(parts))]
             self.shared.write(
-                f"{split}: count",
+                f"{split} count",
                 [FileTask(path, count_units, (path, part)) for path, part in zip(counts, parts, strict=True)],
             )
         return read_counts(opened, choices, counts)
@@ -176,15 +176,15 @@ class Assembler:
         # three passes, each over all files of the one before; after the last one these are removed, so look there first
         if not all(path.exists() for path in dropped):
             self.shared.write(
-                f"{split}: sort hashes",
+                f"{split} sort hashes",
                 [FileTask(spill_path(stem, "hashes", s.index), spill_hashes, (stem, s)) for s in spans],
             )
             self.shared.write(
-                f"{split}: find repeats",
+                f"{split} find repeats",
                 [FileTask(spill_path(stem, "repeats", s.index), find_repeats, (stem, count, s.index)) for s in spans],
             )
             self.shared.write(
-                f"{split}: drop repeats", [FileTask(dropped[s.index], drop_repeats, (stem, count, s)) for s in spans]
+                f"{split} drop repeats", [FileTask(dropped[s.index], drop_repeats, (stem, count, s)) for s in spans]
             )
         _remove_files(spill_path(stem, kind, s.index) for s in spans for kind in ("hashes", "again", "repeats"))
         return dropped
@@ -204,12 +204,12 @@ class Assembler:
 
         if not all(path.exists() for path in shuffled):
             self.shared.write(
-                f"{target}: sort by new places",
+                f"{target} sort by new places",
                 [FileTask(path, spill_shuffled, (path, s, total, seed)) for path, s in zip(spills, spans, strict=True)],
             )
             edges = [min(index * size, total) for index in range(len(spans) + 1)]
             self.shared.write(
-                f"{target}: shuffle",
+                f"{target} shuffle",
                 [
                     FileTask(path, gather_shuffled, (stem, len(spans), begin, end, path))
                     for path, begin, end in zip(shuffled, edges, edges[1:], strict=False)
@@ -271,7 +271,7 @@ class Assembler:
         shards = [partial / f"shard-{span.index:05d}.npy" for span in spans]
 
         return self._write_entries(
-            f"{target}: shards",
+            f"{target} shards",
             shards,
             [
                 (make_shard, (self.context.work, s, p.unit_files, p.first, p.last))
@@ -291,10 +291,10 @@ class Assembler:
         columns = {"documents": 3, "origins": 2}
         paths = [partial / f"{name}.npy" for name in columns]
         if not all(entry_path(path).exists() and path.exists() for path in paths):
-            self.shared.write(f"{target}: documents", tasks)
+            self.shared.write(f"{target} documents", tasks)
         pieces = {name: [spill_path(stem, name, index) for index in range(len(parts))] for name in columns}
         entries = self._write_entries(
-            f"{target}: join documents",
+            f"{target} join documents",
             paths,
             [(join_parts, (partial / f"{name}.npy", pieces[name], columns[name])) for name in columns],
         )

@@ -9,12 +9,12 @@ every task takes one range of the sorted keys out of all spill files, where it i
 A pass reads and writes each document once, and a range opens every spill file. So spans grow with the corpus, up to
 what fits into memory, and the number of opened files stays what any file system bears:
 
-    documents    deduplicate: span   passes x spans^2 opened   memory    shuffle: span   opened        memory
-    10^8         524,288             2 x 191^2  = 73,000       30 MB     262,144         382^2 = 146,000   25 MB
-    10^9         1,666,667           2 x 600^2  = 720,000      95 MB     976,563         1,024^2 = 1.0 M   90 MB
-    10^10        16,666,667          2 x 600^2  = 720,000      950 MB    8,388,608       1,193^2 = 1.4 M   760 MB
+    documents    deduplicate: span   passes x spans^2 opened   memory    shuffle: span   opened             memory
+    10^8         524,288             2 x 191^2  =  73,000      26 MB     262,144         382^2   = 146,000   28 MB
+    10^9         1,666,667           2 x 600^2  = 720,000      83 MB     976,563         1,024^2 = 1.0 M    103 MB
+    10^10        16,666,667          2 x 600^2  = 720,000     830 MB     8,388,608       1,193^2 = 1.4 M    880 MB
 
-at 57 bytes of a worker's memory for each hash of a span, and 90 for each document that is shuffled; the tokens
+at 50 bytes of a worker's memory for each hash of a span, and 105 for each document that is shuffled; the tokens
 themselves are copied from file to file. The price: the spill files take the place of the hashes, or of the tokens once
 more.
 """

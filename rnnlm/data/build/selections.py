@@ -11,6 +11,7 @@ deduplication or broken shares every row is read once more, by tasks, to count.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -127,40 +128,42 @@ def valid_level(units: Sequence[CountedUnit], most_tokens: int) -> int:
 def choose(opened: Sequence[UnitFile], units: Sequence[CountedUnit], levels: range) -> StreamChoice:
     """What goes to a stream of these levels: held out ones (from a level above 0 on) once at most."""
     is_held_out = levels.start > 0
-    selections, sources, repeated, distinct = list[Selection](), dict[str, Array](), 0, 0
-    for unit in units:
-        taken = list(_copies(unit, levels, is_held_out))
-        selections += taken
-        own = int(unit.distinct[levels.start : levels.stop, 0].sum())
-        distinct += own
-        repeated += sum(each.totals[0] for each in taken) - own
-        totals = sources.setdefault(unit.choice.source, np.zeros(1 + LEVEL, np.int64))
-        totals += sum((np.array(each.totals) for each in taken), np.zeros(1 + LEVEL, np.int64))
+    selections, sources = list[Selection](), dict[str, Array]()
+    for selection, source in _in_rounds(units, levels, is_held_out):
+        selections.append(selection)
+        sources[source] = sources.get(source, 0) + np.array(selection.totals)
 
+    distinct = sum(int(unit.distinct[levels.start : levels.stop, 0].sum()) for unit in units)
     return StreamChoice(
         selections=selections,
         records=_count_records(opened, units, levels, distinct),
-        repeated=repeated,
+        repeated=sum(selection.totals[0] for selection in selections) - distinct,
         mended=sum(int(unit.repaired[levels.start : levels.stop].sum()) for unit in opened),
         sources={
-            name: {"documents": documents, "text_bytes": text_bytes, "tokens": tokens}
-            for name, (documents, tokens, text_bytes, _) in ((n, each.tolist()) for n, each in sources.items())
+            name: {"documents": int(totals[0]), "text_bytes": int(totals[2]), "tokens": int(totals[1])}
+            for name, totals in sources.items()
         },
     )
 
 
-def _copies(unit: CountedUnit, levels: range, once: bool) -> Iterator[Selection]:
-    """A selection for each time that documents of a unit are taken."""
+def _in_rounds(units: Sequence[CountedUnit], levels: range, once: bool) -> Iterator[tuple[Selection, str]]:
+    """Selections with the named source of each: all units once, then those whose share is more than one, and so on.
+
+    A document's number among all of them does not depend on where units end, and so neither does its place.
+    """
 
     def totals(table: Array) -> Totals:
         documents, tokens, text_bytes, words = table[levels.start : levels.stop].sum(0).tolist()
         return documents, tokens, text_bytes, words
 
-    copies = int(unit.choice.share)
-    for _ in range(min(copies, 1) if once else copies):
-        yield unit.choice.select(levels, totals(unit.once))
-    if unit.choice.part and not (once and copies):
-        yield unit.choice.select(levels, totals(unit.part), unit.choice.part)
+    rounds = max((math.ceil(unit.choice.share) for unit in units), default=0)
+    for number in range(min(rounds, 1) if once else rounds):
+        for unit in units:
+            choice = unit.choice
+            if number + 1 <= choice.share:
+                yield choice.select(levels, totals(unit.once)), choice.source
+            elif number < choice.share:
+                yield choice.select(levels, totals(unit.part), choice.part), choice.source
 
 
 def _count_records(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -41,7 +40,7 @@ def _report_phases(work: Path) -> Iterator[str]:
     phases = sorted((work / PHASES).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
     exists, now = Listing(), time.time()
     for phase in phases:
-        paths = [Path(os.path.normpath(work / name)) for name in json.loads(phase.read_bytes())]
+        paths = [work.parent / name for name in json.loads(phase.read_bytes())]
         size, newest, done = 0, 0.0, 0
         for path in paths:
             with suppress(OSError):  # removed in this moment
