@@ -38,7 +38,7 @@ def write_text(directory: Path) -> Path:
 
 def options(text: Path, directory: Path, **changed: Any) -> list[str]:
     """As given to the script."""
-    keys = {"unit_bytes": "corpus", "shard_tokens": "stream", "valid_fraction": "stream", "workers": "build"}
+    keys = {**dict.fromkeys(("shard_tokens", "valid_fraction", "valid_max_tokens"), "stream"), "workers": "build"}
     every = {**OPTIONS, "workers": 1, **changed}
     given = [f"--{keys.get(key, 'corpus')}.{key}={value}" for key, value in every.items()]
     return [f"--corpus.train={text}", f"--stream.directory={directory}", *given]
@@ -126,11 +126,6 @@ def first_unit(log: Path, process: subprocess.Popen[str]) -> float:
     while not log.exists() and process.poll() is None:
         time.sleep(0.002)
     return time.monotonic()
-
-
-def begun_units(log: Path) -> set[str]:
-    """Units whose encoding began."""
-    return {line.split()[1] for line in log.read_text().splitlines() if line.startswith("begin ")}
 
 
 def encoded(log: Path) -> list[str]:
