@@ -162,9 +162,8 @@ class Build:
         task, tasks = self.task
         workers = self.config.build.workers or len(os.sched_getaffinity(0))
         own_jobs = list(self._jobs(tasks if tasks > 1 else workers))[task::tasks]
-        holder = self.context.work.parent / "builder"
         with (
-            files.locked(Path(self.config.stream.directory), holder, "build", shared=tasks > 1),
+            files.locked(Path(self.config.stream.directory) / "build/lock", "build", shared=tasks > 1),
             self._make_pool(executor, workers, len(own_jobs)) as pool,
         ):
             self._prepare_work()
