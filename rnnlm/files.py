@@ -91,7 +91,7 @@ def clear_temporaries(directory: Path) -> None:
 def _this_machine() -> str:
     """The same for all processes that see each other's ids: containers on one machine, and of one name, may not."""
     try:
-        processes = os.stat("/proc/self/ns/pid").st_ino
+        processes = Path("/proc/self/ns/pid").stat().st_ino
     except OSError:  # no Linux
         processes = 0
     return hashlib.sha256(f"{socket.gethostname()} {processes}".encode()).hexdigest()[:12]

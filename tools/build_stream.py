@@ -6,11 +6,10 @@
     python tools/build_stream.py --config configs/mine.yaml --build.task=3/16    # one of 16 tasks; without: the rest
 
 Needs the tokenizer that tools/train_tokenizer.py wrote. Streams appear under their names only when they are whole;
-until then stream.directory/build.partial holds what is done, and the same command continues from there. When all
+until then stream.directory/build holds what is done, and the same command continues from there. When all
 streams are there, it prints what they are.
 """
 
-import itertools
 import sys
 
 from rnnlm.cli import read_config, run_entry_point
@@ -25,7 +24,7 @@ def main() -> None:
     build = Build(config, Tokenizer.load(tokenizer_path(config)))
     if len(build.finished()) == len(build.splits):
         print("already built:")
-    with progress_bar(itertools.chain(*build.inputs.values()), "building") as progress:
+    with progress_bar(build.inputs.all(), "building") as progress:
         manifests = build.run(progress)
 
     if not manifests:

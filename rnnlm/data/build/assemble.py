@@ -20,6 +20,7 @@ import numpy as np
 
 from rnnlm import files
 from rnnlm.config import Config
+from rnnlm.data.build.encode import UnitOfFiles
 from rnnlm.data.build.executor import WorkerPool
 from rnnlm.data.build.external_sort import (
     Span,
@@ -39,15 +40,12 @@ from rnnlm.data.build.unit_file import (
     Selection,
     UnitFile,
     origins_of,
-    rejected_path,
     sizes_of,
     tokens_of,
     write_json,
 )
-from rnnlm.data.build.units import UnitOptions
-from rnnlm.data.jobs import Job
 from rnnlm.data.stream_format import Manifest
-from rnnlm.data.stream_writer import commit, write_array, write_shard
+from rnnlm.data.stream_writer import finish, write_array, write_shard
 from rnnlm.data.tokenizer import Tokenizer, token_dtype
 from rnnlm.errors import UserError
 
@@ -65,34 +63,13 @@ class BuildContext:
     work: Path  # the directory of the build's own files
     digest: str  # of the tokenizer
 
-    def unit_path(self, job: Job, number: int) -> Path:
-        """The unit file of a unit that a job reads."""
-        return self.work / "units" / f"{job.split}-{job.file:06d}-{number:06d}.unit"
-
-    def listing_path(self, job: Job) -> Path:
-        """Which units a file has that can only be read from its start."""
-        return self.work / "units" / f"{job.split}-{job.file:06d}.json"
-
     def holds_out(self, split: str) -> bool:
         """Whether some of this split's documents go to the valid stream."""
         return split == "train" and not self.config.corpus.valid and self.config.stream.valid_fraction > 0
 
-    def unit_options(self, split: str) -> UnitOptions:
-        """What shapes the units of a split."""
-        corpus, stream = self.config.corpus, self.config.stream
-        fraction = stream.valid_fraction if self.holds_out(split) else 0.0
-        return UnitOptions(fraction, stream.split_seed, corpus.max_whole_bytes, corpus.deduplicate)
-
     def stream_path(self, split: str) -> Path:
         """Where the stream of a split lies."""
         return Path(self.config.stream.directory) / split
-
-
-class UnitOfFiles(NamedTuple):
-    """A unit file, and the number of its first input file in sources.jsonl."""
-
-    path: Path
-    first_file: int
 
 
 class FileTask(NamedTuple):
@@ -251,7 +228,8 @@ class Assembler:
 
         files.write(partial / "tokenizer.model", Path.write_bytes, self.tokenizer.model)
         files.write(partial / "sources.jsonl", _write_lines, self.inputs.lines())
-        return commit(partial, self.context.stream_path(target), manifest)
+        finish(partial, manifest)
+        return manifest
 
     def _count_sources(self, selections: Iterable[Selection]) -> dict[str, dict[str, int]]:
         """Documents, bytes and tokens of each named source, of all that has any."""
@@ -284,18 +262,23 @@ class Assembler:
 
     def _write_rejected(self, target: str, path: Path) -> str:
         """Join the lists of the units that were read for this stream; the digest, or nothing if there are none."""
-        listed = [rejected_path(path) for path, _ in self.units.get(target, []) if rejected_path(path).exists()]
+        listed = [
+            (unit, first_file)
+            for path, first_file in self.units.get(target, [])
+            if (unit := UnitFile(path)).footer["rejected"]
+        ]
         if not listed:
             return ""
-        sha256 = hashlib.sha256()
+        sha256, names = hashlib.sha256(), [source.name for source in self.inputs.all()]
 
         def join(target: Path) -> None:
             with target.open("wb") as out:
-                for each in listed:
-                    with each.open("rb") as file:
-                        while block := file.read(2**20):
-                            sha256.update(block)
-                            out.write(block)
+                for unit, first_file in listed:
+                    for file, at, reason in unit.rejected():
+                        line = {"file": names[first_file + file], "at": at, "reason": reason}
+                        data = json.dumps(line).encode() + b"\n"
+                        sha256.update(data)
+                        out.write(data)
 
         files.write(path, join)
         return sha256.hexdigest()

@@ -129,7 +129,9 @@ def run_encode_task(context: EncodeContext, task: EncodeTask) -> None:
     """
     job, listing = task.job, context.listing_path(task.job)
     passed = _read_json(listing) if job.stride else [job.unit]
-    if not isinstance(passed, list) or not all(context.serves(context.unit_path(job, n)) for n in passed if job.owns(n)):
+    if not isinstance(passed, list) or not all(
+        context.serves(context.unit_path(job, n)) for n in passed if job.owns(n)
+    ):
         passed = _encode(context, job)
         if job.stride and _read_json(listing) != passed:
             write_json(listing, passed)
