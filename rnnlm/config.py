@@ -27,22 +27,24 @@ class CorpusConfig:
     """The text: which files, and what a document is."""
 
     train: Texts = ""
-    """Files, globs or fsspec URLs to train on: text, JSON lines or .parquet; .gz, .xz and .zst are decompressed. Or
-    named sources, as in {reviews: {paths: a/*.txt, share: 2.0}}: a share below 1 takes so many of its documents, chosen
-    by their hash, one above 1 repeats them, which needs corpus.shuffle_seed."""
+    """Files, globs or fsspec URLs to train on: text, JSON lines, .parquet, Arrow, or a directory that Hugging Face's
+    save_to_disk wrote; .gz, .bz2, .xz and .zst are decompressed. Or named sources, as in {a: {paths: a/*.txt, share:
+    2.0}}: a share below 1 takes so many of its documents, chosen by their hash, one above 1 repeats them, which needs
+    corpus.shuffle_seed."""
     valid: Texts = ""
     """The same for validation; empty: stream.valid_fraction of the training documents is split off."""
     test: Texts = ""
     """The same for a test stream; empty: none."""
-    document: Literal["line", "paragraph", "file", "jsonl"] = "line"
-    """A line, lines up to an empty one, a whole file, or a field of a JSON object per line; in .parquet a row."""
+    document: Literal["auto", "line", "paragraph", "file", "jsonl"] = "auto"
+    """A line, lines up to a blank one, a whole file, or a field of a JSON object per line; auto: jsonl in .jsonl and
+    .ndjson, else line. In .parquet, .arrow and .feather always a row."""
     field: str = "text"
-    """The field of each JSON object, or the column of a .parquet file, that holds the text."""
+    """The field of each JSON object, or the column of a table, that holds the text; a.b: the field b within a."""
     on_bad_record: Literal["fail", "skip", "replace"] = "fail"
     """Invalid UTF-8, JSON, compression, a missing field, an oversized document: stop and name file and byte; or skip,
     count and list in rejected.jsonl; replace: repair invalid UTF-8 with U+FFFD, list that too, skip the rest."""
     max_document_bytes: int = knob(8 * 2**20, at_least=1)
-    """Longest record of JSON and document of parquet, which are held in memory; longer ones are bad."""
+    """Longest record of JSON and document of a table, which are held in memory; longer ones are bad."""
     max_whole_bytes: int = knob(2**20, at_least=1)
     """Documents above this are read in parts. It is also the most that SentencePiece is given at once, in 60 times its
     memory: a document if the tokenizer is not a BPE, else a word without white space; longer ones are bad."""
@@ -111,6 +113,11 @@ class BuildConfig:
     task: str = knob("", changeable=True)
     """'3/16': begin with every 16th piece of the work from the 3rd on, then take what others have not begun; any number
     of such processes, and those without, share a build on all machines that see the directory."""
+    keep_units: bool = knob(True, changeable=True)
+    """Keep what was encoded beside the streams, about their size once more, so that the next build, of one file more or
+    another shuffle, encodes only what is new; the end of a build says where."""
+    replace: bool = knob(False, changeable=True)
+    """Put the new streams in the place of others that are there, when the new ones are whole."""
     dask: str = knob("", changeable=True)
     """Address of a Dask scheduler whose workers encode, as in tcp://host:8786; all must see the same files."""
 

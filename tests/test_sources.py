@@ -20,7 +20,7 @@ TORCH = {"data/substreams", "model", "checkpoint", "train"}  # where torch may b
 HOMES = {
     "sentencepiece": "data/tokenizer data/tokenizer_training",
     "numba": "data/word_keys data/word_table data/bpe_kernels",
-    "pyarrow": "data/parquet",
+    "pyarrow": "data/tables",
     "distributed": "data/build/executor",
     "safetensors": "checkpoint/safetensors_file",
     "accelerate": "train/distributed",
@@ -114,7 +114,7 @@ def test_a_reader_of_a_stream_needs_no_parser_of_text() -> None:
             reached.add(module)
             ahead += imported_modules(module)
     assert "data/stream_format" in reached, "else nothing was followed"
-    parsers = {"data/sources", "data/decompress", "data/jobs", "data/records", "data/parquet", "data/documents"}
+    parsers = {"data/sources", "data/decompress", "data/jobs", "data/records", "data/tables", "data/documents"}
     assert not reached & parsers
     assert {room_of(module) for module in imported_modules("data/tokenizer")} == {""}
 

@@ -12,7 +12,6 @@ any number of machines that see the directory shares the work; build.task only s
 seldom meet. Any of them may start late, or die. When all streams are there, each prints what they are.
 """
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def main() -> None:
     build = Build(config, Tokenizer.load(tokenizer_path(config)))
     if len(build.finished()) == len(build.splits):
         print("already built:")
-    with progress_bar(itertools.chain(*build.inputs.values()), "building") as progress:
+    with progress_bar(build.inputs.all(), "building") as progress:
         manifests = build.run(progress)
 
     for split, manifest in manifests.items():

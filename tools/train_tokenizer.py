@@ -27,7 +27,7 @@ def main() -> None:
         return
     if not config.corpus.train:
         raise UserError("corpus.train is not set; give text files, as in --corpus.train=my.txt")
-    with progress_bar(sources(config.corpus.train, "corpus.train"), "reading") as progress:
+    with progress_bar(sources(config.corpus.train, "corpus.train", config.corpus.document), "reading") as progress:
         tokenizer, figures = train_on_corpus(config, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

@@ -16,14 +16,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rnnlm.config import CorpusConfig
 from rnnlm.data.decompress import DamagedError, read_chunks
+from rnnlm.data.filetypes import document_of, is_table
 from rnnlm.data.jobs import Job
-from rnnlm.data.parquet import Values, row_groups
 from rnnlm.data.records import Block, blocks, first_byte, split_records
-from rnnlm.data.sources import Source, is_parquet
+from rnnlm.data.sources import Source
+from rnnlm.data.tables import Values, table_units
 from rnnlm.errors import UserError
 
 
@@ -75,12 +76,17 @@ def read(job: Job, corpus: CorpusConfig) -> Iterator[tuple[int, Iterator[Item]]]
     Raises:
         UserError: a bad record or a damaged file, naming file and byte, unless corpus.on_bad_record is `skip`.
     """
+    if job.whole:
+        parsers = (_Parser(source, corpus_of(source, corpus)) for source in job.sources)
+        yield 0, chain.from_iterable(each.documents(blocks(read_chunks(each.source), each.corpus)) for each in parsers)
+        return
+
     source = job.sources[0]
-    if is_parquet(source):
-        yield from _parquet_units(_Parser(source, replace(corpus, document="line")))  # a row is a record
-    elif corpus.document == "file":
-        whole = (_Parser(each, corpus).documents(blocks(read_chunks(each), corpus)) for each in job.sources)
-        yield 0, chain.from_iterable(whole)
+    corpus = corpus_of(source, corpus)
+    if is_table(source.path):
+        parser = _Parser(source, corpus)
+        for unit, first_row, values in table_units(source, corpus.field, corpus.unit_bytes):
+            yield unit, parser.rows(values, first_row)
     elif job.stride:
         yield from _streamed_units(_Parser(source, corpus))
     else:
@@ -88,12 +94,9 @@ def read(job: Job, corpus: CorpusConfig) -> Iterator[tuple[int, Iterator[Item]]]
         yield job.unit, _Parser(source, corpus).documents(blocks(chunks, corpus, job.unit))
 
 
-def _parquet_units(parser: _Parser) -> Iterator[tuple[int, Iterator[Item]]]:
-    try:
-        for group, first_row, values in row_groups(parser.source, parser.corpus.field):
-            yield group, parser.rows(values, first_row)
-    except DamagedError as error:  # it cannot be opened
-        yield 0, iter([parser.damaged(0, error)])
+def corpus_of(source: Source, corpus: CorpusConfig) -> CorpusConfig:
+    """The section as it holds for one file: corpus.document is never auto."""
+    return replace(corpus, document=document_of(source.path, corpus.document))  # type: ignore[arg-type]
 
 
 def _streamed_units(parser: _Parser) -> Iterator[tuple[int, Iterator[Item]]]:
@@ -146,11 +149,11 @@ class _Parser:
 
     def damaged(self, offset: int, error: DamagedError) -> Rejected:
         """The rest of a file that cannot be read to its end."""
-        return self._reject(offset, f"damaged file ({error})", "fetch it again")
+        return self._reject(offset, f"{error.reason} ({error})", error.way_out)
 
     def _reject(self, offset: int, reason: str, way_out: str) -> Rejected:
         if self.corpus.on_bad_record == "fail":
-            at = "row" if is_parquet(self.source) else "byte"
+            at = "row" if is_table(self.source.path) else "byte"
             raise UserError(
                 f"{self.source.path}: record at {at} {offset}: {reason}; {way_out}, or set corpus.on_bad_record=skip"
             )
@@ -190,7 +193,9 @@ class _Parser:
         if not begin or ((begin < b" " or begin >= b"\x80") and text.decode().isspace()):
             return Rejected(self.source.name, offset, "empty")
 
-        if len(text) > self.corpus.max_document_bytes and (self.corpus.document == "jsonl" or is_parquet(self.source)):
+        if len(text) > self.corpus.max_document_bytes and (
+            self.corpus.document == "jsonl" or is_table(self.source.path)
+        ):
             return self._oversized(offset, len(text), "max_document_bytes")
         if len(text) > self.corpus.max_whole_bytes:
             return LongDocument(self.source.name, offset, iter([text]), partial(self._oversized, offset), repaired)
@@ -260,8 +265,21 @@ def _is_utf8(data: bytes) -> bool:
 
 
 def _json_field(line: bytes, field: str) -> bytes:
-    value = json.loads(line)
-    if not isinstance(value, dict) or not isinstance(value.get(field), str):
+    """The text at a field, or at a path of fields, of a JSON object."""
+    text = _find(json.loads(line), field)
+    if text is None:
         raise ValueError(f"no text in corpus.field={field}")
-    text: str = value[field]
     return text.encode()  # lone surrogates, which JSON can hold, are no text: UnicodeEncodeError is a ValueError
+
+
+def _find(value: Any, field: str) -> str | None:
+    """The text of a field by its name, or by its path through objects, as a.b; a field called a.b comes first."""
+    if not isinstance(value, dict):
+        return None
+    if field in value:
+        return value[field] if isinstance(value[field], str) else None
+
+    for at, character in enumerate(field):
+        if character == "." and (text := _find(value.get(field[:at]), field[at + 1 :])) is not None:
+            return text
+    return None

@@ -8,6 +8,7 @@ whatever names, would double its documents, or put them on both sides of a split
 from __future__ import annotations
 
 import hashlib
+import json
 import posixpath
 import stat
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rnnlm.config import CorpusConfig, as_list
+from rnnlm.data.filetypes import check_name, document_of, document_of_all, is_table
 from rnnlm.errors import UserError
 from rnnlm.texts import SPLITS, Texts, named_sources
 
@@ -62,19 +64,27 @@ def corpus_sources(corpus: CorpusConfig) -> dict[str, list[Source]]:
     Raises:
         UserError: as `sources`, or a file that belongs to two splits.
     """
-    found = {split: _files(getattr(corpus, split), f"corpus.{split}") for split in SPLITS if getattr(corpus, split)}
-    _refuse_repeats({f"corpus.{split}": files for split, files in found.items()})
-    return {split: _named(files) for split, files in found.items()}
+    found = {
+        f"corpus.{split}": _files(getattr(corpus, split), f"corpus.{split}", corpus.document)
+        for split in SPLITS
+        if getattr(corpus, split)
+    }
+    _refuse_repeats(found)
+    return {key.removeprefix("corpus."): _named(files) for key, files in found.items()}
 
 
-def sources(texts: Texts, key: str) -> list[Source]:
+def sources(texts: Texts, key: str, document: str = "auto") -> list[Source]:
     """The files behind `texts`, in the order given, each glob's matches sorted.
 
+    Args:
+        key: the option to name in errors.
+        document: corpus.document; with auto, files of one source must all be lines, or all JSON lines, or tables.
+
     Raises:
-        UserError: nothing matches, a directory, the same file twice, one that cannot be read or has no size; `key` is
-            the option to name.
+        UserError: nothing matches, a directory, the same file twice, one that cannot be read or has no size, or is of
+            no kind that can be read.
     """
-    found = _files(texts, key)
+    found = _files(texts, key, document)
     _refuse_repeats({key: found})
     return _named(found)
 
@@ -111,14 +121,29 @@ def content_digest(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _files(texts: Texts, key: str) -> list[_File]:
+def _files(texts: Texts, key: str, document: str) -> list[_File]:
     """All files behind all paths of all sources."""
     found: list[_File] = []
     for group, source in named_sources(texts).items():
-        name = f"{key}.{group}" if group else key
+        name, first = f"{key}.{group}" if group else key, len(found)
         for pattern in as_list(source.paths):
             found += _matches(pattern, f"{name}={pattern}", group)
+
+        for file in found[first:]:
+            check_name(file.path, document, name)
+        _check_alike([file.path for file in found[first:]], document, name)
     return found
+
+
+def _check_alike(paths: list[str], document: str, what: str) -> None:
+    """Refuse JSON lines among other texts in one source: one of the two was not meant."""
+    if document_of_all(paths, document) == "auto":
+        texts = (path for path in paths if not is_table(path))
+        first = {document_of(path, document): path for path in texts}
+        raise UserError(
+            f"{what}: {first['jsonl']} holds JSON lines, {first['line']} does not; name them as two sources, as in "
+            "{a: {paths: ...}, b: {paths: ...}}, or set corpus.document for all"
+        )
 
 
 def _matches(pattern: str, what: str, group: str) -> Iterator[_File]:
@@ -129,7 +154,9 @@ def _matches(pattern: str, what: str, group: str) -> Iterator[_File]:
         file_system, path = url_to_fs(pattern)
         archive = "".join(pattern.partition("::")[1:])
         is_glob = "*" in path
-        paths = sorted(file_system.glob(path)) if is_glob else [path]
+        paths = sorted(file_system.glob(path)) if is_glob else _of_dataset(file_system, path, what) or [path]
+    except UserError:
+        raise
     except (ImportError, ValueError, OSError) as error:
         raise UserError(f"{what}: cannot be opened ({error})") from error
 
@@ -147,6 +174,17 @@ def _matches(pattern: str, what: str, group: str) -> Iterator[_File]:
         yield _File(file_system, each, archive, group, size, stamp, identity)
     if not count:
         raise UserError(f"{what}: no file matches; give a path, a glob or a URL of text files")
+
+
+def _of_dataset(file_system: Any, path: str, what: str) -> list[str]:
+    """The files of a directory that Hugging Face's `save_to_disk` wrote, in their order; none for any other path."""
+    state, splits = f"{path}/state.json", f"{path}/dataset_dict.json"
+    if file_system.isfile(splits):
+        names = json.loads(file_system.cat_file(splits))["splits"]
+        raise UserError(f"{what}: a dataset of the splits {', '.join(names)}; name one, as in {path}/{names[0]}")
+    if not file_system.isfile(state):
+        return []
+    return [f"{path}/{each['filename']}" for each in json.loads(file_system.cat_file(state))["_data_files"]]
 
 
 def _check_kind(kind: str, size: int, path: str, what: str, pattern: str) -> None:
@@ -211,8 +249,3 @@ def _named(found: list[_File]) -> list[Source]:
             name = file.path.removeprefix(common).lstrip("/")
         named.append(Source(name, file.path, file.size, file.stamp, file.group, file.file_system))
     return named
-
-
-def is_parquet(source: Source) -> bool:
-    """Whether its records are rows of a parquet file."""
-    return source.path.endswith(".parquet")

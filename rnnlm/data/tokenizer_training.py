@@ -131,7 +131,7 @@ def _sample_corpus(config: Config, progress: Callable[[int], None]) -> tuple[Sam
     sample = Sample(config.tokenizer.sample_bytes, config.tokenizer.seed)
     held_back = Sample(HELD_BACK_BYTES, config.tokenizer.seed)
     share = max(config.stream.valid_fraction, 0.01)
-    for job in jobs("train", sources(config.corpus.train, "corpus.train"), config.corpus, 1):
+    for job in jobs("train", sources(config.corpus.train, "corpus.train", config.corpus.document), config.corpus, 1):
         for item in chain.from_iterable(items for _, items in read(job, config.corpus)):
             if isinstance(item, Document):
                 held = fraction_of(item.data, config.stream.split_seed) < share

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import lzma
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ Found = Document | Joined | Rejected
 PACK: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
+    ".bz2": bz2.compress,
     ".xz": lzma.compress,
     ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
 }
@@ -62,7 +64,7 @@ def read_job(job: Job, corpus: CorpusConfig) -> list[tuple[int, list[Found]]]:
 
 def all_jobs(corpus: CorpusConfig, workers: int = 1) -> list[Job]:
     """The jobs of corpus.train."""
-    return list(jobs("train", sources(corpus.train, "corpus.train"), corpus, workers))
+    return list(jobs("train", sources(corpus.train, "corpus.train", corpus.document), corpus, workers))
 
 
 def read_all(path: Path | str, **options: Any) -> list[Found]:

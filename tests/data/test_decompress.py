@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from reading import COMPRESSED, PACK, all_jobs, chunks_of, read_all, read_job, take
+import zstandard
+from reading import COMPRESSED, PACK, all_jobs, chunks_of, read_all, read_job, rejected, take, texts
 
 from rnnlm.config import CorpusConfig
 from rnnlm.data.documents import Document, Rejected, read
@@ -86,3 +87,38 @@ def test_a_damaged_header_of_a_second_part_is_not_the_end_of_the_file(tmp_path: 
     path.write_bytes(b"")
     with pytest.raises(UserError, match="it is empty"):
         read_all(path)
+
+
+def with_window(log: int) -> bytes:
+    """A zstd frame of a hundred lines whose header asks for a window of 2**log bytes, as of --long."""
+    packer = zstandard.ZstdCompressor(write_content_size=False).compressobj()
+    frame = bytearray(packer.compress(b"line\n" * 100) + packer.flush())
+    frame[5] = (log - 10) << 3  # RFC 8878, 3.1.1.1.2: the window's descriptor
+    return bytes(frame)
+
+
+@pytest.mark.parametrize("log", [27, 28, 31])
+def test_a_long_window_of_zstd_is_read(tmp_path: Path, log: int) -> None:
+    (tmp_path / "text.txt.zst").write_bytes(with_window(log))
+    assert texts(read_all(tmp_path / "text.txt.zst")) == ["line"] * 100
+
+
+def test_a_window_that_no_machine_has_is_called_so_and_not_damage(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt.zst"
+    path.write_bytes(with_window(35))
+    with pytest.raises(UserError, match=r"text.txt.zst: record at byte 0: too large a window .*--long=31 or less"):
+        read_all(path)
+    assert rejected(read_all(path, on_bad_record="skip")) == [(0, "too large a window")]
+
+
+@pytest.mark.parametrize("size", [0, 4, 7])
+@pytest.mark.parametrize("policy", ["fail", "skip"])
+def test_a_file_that_ends_elsewhere_than_when_it_was_found_is_an_error(tmp_path: Path, size: int, policy: str) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"one\ntwo\n")
+    corpus = CorpusConfig(train=str(path), unit_bytes=4, on_bad_record=policy)  # type: ignore[arg-type]
+    found = all_jobs(corpus)
+    path.write_bytes(b"one\ntwo\nthree\n"[:size])
+    with pytest.raises(UserError, match=r"text.txt: reading ended at byte \d+, and it had 8 bytes.*let nobody write"):
+        for job in found:
+            read_job(job, corpus)

@@ -1,5 +1,5 @@
 """Corpus to streams, in parallel: the same bytes for any number of workers and kills.
 
-The order: inputs, unit_file, units, external_sort, selections, executor, shared_tasks, status, stream_tasks, assemble,
-build.
+The order: inputs, unit_file, executor, shared_tasks, status, units, encode, kept, external_sort, selections,
+stream_tasks, assemble, build.
 """

@@ -1,6 +1,6 @@
 """Unit files -> streams, by tasks for any workers: deduplicate, take shares, shuffle, cut into shards, commit.
 
-    unit files --(spill, find, drop)--(count)--(spill, gather)--> shards, documents.npy, origins.npy --> rename
+    unit files --(spill, find, drop)--(count)--(spill, gather)--> shards, documents.npy, origins.npy --> names
 
 Every task is known by one file, which it writes under a temporary name and renames: what has its name is not made
 again, and any number of processes share the tasks of each pass, and wait for its last one before the next. The commit
@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from rnnlm import files
 from rnnlm.config import Config
+from rnnlm.data.build.encode import UnitOfFiles
 from rnnlm.data.build.external_sort import (
     SPANS_OF_DOCUMENTS,
     SPANS_OF_HASHES,
@@ -47,11 +48,9 @@ from rnnlm.data.build.selections import (
 )
 from rnnlm.data.build.shared_tasks import LOCKS, PAUSE_SECONDS, FileTask, Listing, SharedPool, taken
 from rnnlm.data.build.stream_tasks import entry_path, join_parts, make_part, make_shard
-from rnnlm.data.build.unit_file import LEVELS, Selection, UnitFile, rejected_path
-from rnnlm.data.build.units import UnitOptions
-from rnnlm.data.jobs import Job
+from rnnlm.data.build.unit_file import LEVELS, DamagedUnitError, Selection, UnitFile
 from rnnlm.data.stream_format import Manifest
-from rnnlm.data.stream_writer import commit
+from rnnlm.data.stream_writer import finish, place
 from rnnlm.data.tokenizer import Tokenizer, token_dtype
 from rnnlm.errors import UserError
 
@@ -70,35 +69,13 @@ class BuildContext:
     work: Path  # the directory of the build's own files
     digest: str  # of the tokenizer
 
-    def unit_path(self, job: Job, number: int) -> Path:
-        """The unit file of a unit that a job reads."""
-        return self.work / "units" / f"{job.split}-{job.file:06d}-{number:06d}.unit"
-
-    def listing_path(self, job: Job) -> Path:
-        """Which units a file has that can only be read from its start."""
-        return self.work / "units" / f"{job.split}-{job.file:06d}.json"
-
     def holds_out(self, split: str) -> bool:
         """Whether some of this split's documents go to the valid stream."""
         return split == "train" and not self.config.corpus.valid and self.config.stream.valid_fraction > 0
 
-    def unit_options(self, split: str) -> UnitOptions:
-        """What shapes the units of a split."""
-        corpus, stream = self.config.corpus, self.config.stream
-        fraction = stream.valid_fraction if self.holds_out(split) else 0.0
-        hashes = corpus.deduplicate or any(share % 1 for share in corpus.shares.values())
-        return UnitOptions(fraction, stream.split_seed, corpus.max_whole_bytes, hashes)
-
     def stream_path(self, split: str) -> Path:
         """Where the stream of a split lies."""
         return Path(self.config.stream.directory) / split
-
-
-class UnitOfFiles(NamedTuple):
-    """A unit file, and the number of its first input file in sources.jsonl."""
-
-    path: Path
-    first_file: int
 
 
 @dataclass(frozen=True)
@@ -112,11 +89,15 @@ class Assembler:
     units: dict[str, list[UnitOfFiles]]  # by split, in the order of the corpus
     shared: SharedPool
 
-    def run(self, targets: Sequence[str]) -> dict[str, Manifest]:
-        """Write and commit these streams, together with any others who do.
+    def run(self, targets: Sequence[str], check: Callable[[], None]) -> None:
+        """Write these streams, and give them their names when all are whole, together with any others who do.
+
+        Args:
+            check: called before they get their names; raises if they may not.
 
         Raises:
             UserError: a stream without text, a task that kills its workers.
+            DamagedUnitError: a unit file is not what was written.
         """
         chosen, source = self._choose()
         for target, choice in chosen.items():
@@ -126,7 +107,26 @@ class Assembler:
                 raise UserError(f"corpus.{target}: no text in it ({found}); give a corpus with text{hint}")
 
         order = sorted(targets, key=lambda split: (split == "train", split))  # what training opens first comes last
-        return {target: self._write_stream(target, chosen[target], source) for target in order}
+        for target in order:
+            self._write_stream(target, chosen[target], source)
+
+        def place_all() -> None:
+            check()
+            for target in order:
+                if not self._is_at(self.context.stream_path(target), source):
+                    place(self.context.work / target, self.context.stream_path(target))
+
+        self._share("place", place_all, lambda: all(self._is_at(self.context.stream_path(t), source) for t in order))
+
+    def _share(self, name: str, function: Callable[[], None], is_done: Callable[[], bool]) -> None:
+        """Have something done by one process that does not go through the pool; return when it is."""
+        pause = 0.0
+        while not is_done():
+            time.sleep(pause)  # the first time nobody else may be at it
+            pause = min(2 * pause + 0.01, PAUSE_SECONDS)
+            with taken(self.context.work / LOCKS, self.context.work / name, is_done) as is_mine:
+                if is_mine:
+                    function()
 
     def _choose(self) -> tuple[dict[str, StreamChoice], dict[str, Any]]:
         """By stream what goes into it; and what the manifests say all of it is made from."""
@@ -218,35 +218,29 @@ class Assembler:
         _remove_files(spills)
         return [_select_all(path) for path in shuffled]
 
-    def _write_stream(self, target: str, choice: StreamChoice, source: dict[str, Any]) -> Manifest:
-        """Write all files of a stream, and commit it, unless someone else has."""
+    def _write_stream(self, target: str, choice: StreamChoice, source: dict[str, Any]) -> None:
+        """Write all files of a stream, unless others have."""
+
+        def is_whole() -> bool:
+            paths = (self.context.work / target, self.context.stream_path(target))
+            return any(self._is_at(path, source) for path in paths)
+
+        if is_whole():
+            return
         try:
-            if not self._committed(target, source):
-                selections = choice.selections
-                if self.context.config.corpus.shuffle_seed >= 0:
-                    selections = self._shuffle(target, selections)
-                arrays = self._write_arrays(target, selections)
-                shards = self._write_shards(target, selections)
-
-            pause = 0.0
-            while not (manifest := self._committed(target, source)):
-                time.sleep(pause)  # the first time nobody else may be at it
-                pause = min(2 * pause + 0.01, PAUSE_SECONDS)
-                with taken(self.context.work / LOCKS, self.context.work / f"{target}-commit") as is_mine:
-                    if is_mine and not self._committed(target, source):
-                        self._commit(target, choice, source, shards, arrays)
-        except FileNotFoundError:
-            if not (manifest := self._committed(target, source)):  # else someone renamed what this process was reading
+            selections = choice.selections
+            if self.context.config.corpus.shuffle_seed >= 0:
+                selections = self._shuffle(target, selections)
+            arrays = self._write_arrays(target, selections)
+            shards = self._write_shards(target, selections)
+            self._share(f"{target}-manifest", lambda: self._finish(target, choice, source, shards, arrays), is_whole)
+        except (FileNotFoundError, DamagedUnitError):
+            if not is_whole():  # else others have finished it unseen, and it has its name
                 raise
-        return manifest
 
-    def _committed(self, target: str, source: dict[str, Any]) -> Manifest | None:
-        """The stream, if it is there and made from this source."""
-        path = self.context.stream_path(target)
-        if path not in Listing() or path / "stream.json" not in Listing():
-            return None
-        manifest = Manifest.read(path)
-        return manifest if manifest.source == source else None
+    def _is_at(self, path: Path, source: dict[str, Any]) -> bool:
+        """Whether a stream that was made from this source lies there."""
+        return path in Listing() and path / "stream.json" in Listing() and Manifest.read(path).source == source
 
     def _partial(self, target: str) -> Path:
         """The directory in which a stream grows."""
@@ -301,7 +295,7 @@ class Assembler:
         _remove_files(path for paths in pieces.values() for path in paths)
         return {name: entry["sha256"] for name, entry in zip(columns, entries, strict=True)}
 
-    def _commit(
+    def _finish(
         self,
         target: str,
         choice: StreamChoice,
@@ -309,7 +303,7 @@ class Assembler:
         shards: list[dict[str, Any]],
         arrays: dict[str, str],
     ) -> None:
-        """Write what is left of a stream, and give it its name."""
+        """Write what is left of a stream, its manifest last."""
         partial = self._partial(target)
         documents, tokens, text_bytes, words = np.sum([each.totals for each in choice.selections], axis=0).tolist()
         manifest = Manifest(
@@ -335,22 +329,27 @@ class Assembler:
 
         files.write(partial / "tokenizer.model", Path.write_bytes, self.tokenizer.model)
         files.write(partial / "sources.jsonl", _write_lines, self.inputs.lines())
-        commit(partial, self.context.stream_path(target), manifest)
+        finish(partial, manifest)
 
     def _write_rejected(self, target: str, path: Path) -> str:
         """Join the lists of the units that were read for this stream; the digest, or nothing if there are none."""
-        listed = [rejected_path(path) for path, _ in self.units.get(target, []) if rejected_path(path).exists()]
+        listed = [
+            (unit, first_file)
+            for path, first_file in self.units.get(target, [])
+            if (unit := UnitFile(path)).footer["rejected"]
+        ]
         if not listed:
             return ""
-        sha256 = hashlib.sha256()
+        sha256, names = hashlib.sha256(), [source.name for source in self.inputs.all()]
 
         def join(target: Path) -> None:
             with target.open("wb") as out:
-                for each in listed:
-                    with each.open("rb") as file:
-                        while block := file.read(2**20):
-                            sha256.update(block)
-                            out.write(block)
+                for unit, first_file in listed:
+                    for file, at, reason in unit.rejected():
+                        line = {"file": names[first_file + file], "at": at, "reason": reason}
+                        data = json.dumps(line).encode() + b"\n"
+                        sha256.update(data)
+                        out.write(data)
 
         files.write(path, join)
         return sha256.hexdigest()

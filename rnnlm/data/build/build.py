@@ -1,26 +1,24 @@
 """Corpus -> token streams: encode units in any order on any workers, then commit them in corpus order.
 
-    files --jobs--> workers --> unit files --assemble--> streams
+    files --jobs--> workers --> unit files --assemble--> streams --rename--> train, valid, test
 
 A unit file, a shuffled unit and a shard are each a pure function of what comes before, written under a temporary name
 and renamed. So any number of workers, of kills and of repeats gives the same bytes, and the same command continues
 where the last one stopped: what has its name is not made again. The engine is any concurrent.futures.Executor; with
 build.task there is no engine at all, only processes that see the same directory. A document of corpus.train belongs to
-the valid stream when its keyed hash says so, wherever it stands; repeated documents stay on one side. The price: every
-token is written twice, once to a unit file.
+the valid stream when its keyed hash says so, wherever it stands; repeated documents stay on one side. Units stay when
+the streams are there, so that the next build encodes what is new. The price: every token lies on disk twice.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-import shutil
-import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,81 +26,30 @@ from tqdm import tqdm
 
 from rnnlm import files
 from rnnlm.config import Config
-from rnnlm.data.build.assemble import Assembler, BuildContext, UnitOfFiles
-from rnnlm.data.build.executor import WorkerPool, dask_pool, process_pool, stopping
+from rnnlm.data.build.assemble import Assembler, BuildContext
+from rnnlm.data.build.encode import (
+    EncodeContext,
+    EncodeTask,
+    UnitOfFiles,
+    check_unchanged,
+    read_entry,
+    run_encode_task,
+    write_rejected_unit,
+)
+from rnnlm.data.build.executor import WorkerPool, dask_pool, process_pool
 from rnnlm.data.build.inputs import Inputs
-from rnnlm.data.build.shared_tasks import LOCKS, SharedPool, joined, taken
-from rnnlm.data.build.unit_file import write_json
-from rnnlm.data.build.units import write_unit
-from rnnlm.data.documents import Rejected, read
+from rnnlm.data.build.kept import check_directory, say, tidy
+from rnnlm.data.build.shared_tasks import LOCKS, SharedPool, joined
+from rnnlm.data.build.unit_file import DamagedUnitError
 from rnnlm.data.encoder import Encoder
+from rnnlm.data.filetypes import document_of_all
 from rnnlm.data.jobs import Job, jobs
 from rnnlm.data.sources import Source, corpus_sources
 from rnnlm.data.stream_format import Manifest
+from rnnlm.data.stream_writer import REPLACED
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
-from rnnlm.hashing import json_digest
 from rnnlm.machine import cores
-
-_local = threading.local()  # each thread of a worker has an encoder of its own
-
-
-def encode_job(context: BuildContext, job: Job) -> None:
-    """Encode the units of a job that are not there yet.
-
-    Raises:
-        UserError: a bad record, unless those are skipped.
-    """
-    if getattr(_local, "digest", "") != context.digest:
-        tokenizer = Tokenizer.load(context.work / "tokenizer.model")
-        assert tokenizer.digest == context.digest
-        _local.encoder, _local.digest = Encoder(tokenizer), context.digest
-
-    locks, options = context.work / LOCKS, context.unit_options(job.split)
-    names, passed = [source.name for source in job.sources], []
-    for number, items in read(job, context.config.corpus):
-        if stopping():
-            return
-        path = context.unit_path(job, number)
-        with taken(locks, path) as is_mine:  # else it is passed over
-            if is_mine:
-                write_unit(path, items, names, options, _local.encoder)
-        passed.append(number)
-    if job.stride:
-        write_json(context.listing_path(job), passed)
-
-
-@dataclass(frozen=True)
-class EncodeTask:
-    """A job, as processes share it."""
-
-    context: BuildContext
-    job: Job
-
-    @property
-    def path(self) -> Path:
-        """The file that tells that the job is done, or at least that all its units are known."""
-        if self.job.stride:
-            return self.context.listing_path(self.job)
-        return self.context.unit_path(self.job, self.job.unit)
-
-    def is_done(self, exists: Callable[[Path], bool]) -> bool:
-        """Whether all its units are there."""
-        if not exists(self.path):
-            return False
-        numbers = json.loads(self.path.read_bytes()) if self.job.stride else []
-        return all(exists(self.context.unit_path(self.job, number)) for number in numbers)
-
-
-def run_encode_task(context: BuildContext, task: EncodeTask) -> None:
-    """Do a job, unless it is done; a file that can only be read from its start has so many readers, not more."""
-    if not task.job.stride:
-        encode_job(context, task.job)
-    elif not task.is_done(Path.exists):
-        reader = task.path.with_suffix(f".reader-{task.job.unit}")
-        with taken(context.work / LOCKS, reader) as is_mine:
-            if is_mine:
-                encode_job(context, task.job)
 
 
 class Build:
@@ -112,7 +59,7 @@ class Build:
         """Look at the inputs; nothing is written yet.
 
         Raises:
-            UserError: no stream.directory, no corpus, or inputs that cannot be read.
+            UserError: no stream.directory, or one of something else; no corpus, or inputs that cannot be read.
         """
         if not config.stream.directory:
             raise UserError("stream.directory is not set; give the directory for the streams")
@@ -120,27 +67,34 @@ class Build:
             raise UserError("corpus.train is not set; give text files, as in --corpus.train=my.txt")
 
         self.config, self.tokenizer = config, tokenizer
+        self.directory = Path(config.stream.directory)
+        check_directory(self.directory)
         self.task = parse_task(config.build.task)
-        self.inputs = corpus_sources(config.corpus)
-        self.context = BuildContext(config, self._work(config.corpus.on_bad_record), tokenizer.digest)
-        self.splits = [*self.inputs, *(["valid"] if self.context.holds_out("train") else [])]
+        self.inputs = Inputs(corpus_sources(config.corpus), self.directory / "build/inputs.jsonl")
 
-    def _work(self, on_bad_record: str) -> Path:
+        self.context = BuildContext(config, self._work(), tokenizer.digest)
+        hashes = config.corpus.deduplicate or any(share % 1 for share in config.corpus.shares.values())
+        splits = self.inputs.by_split
+        self.encoding = EncodeContext.of(config, splits, hashes, tokenizer.digest, self.context.work)
+        self.splits = [*splits, *(["valid"] if self.context.holds_out("train") else [])]
+
+    def _work(self) -> Path:
         """The directory of this build's own files: its name is a digest of all that they depend on."""
-        stamps = [[file.path, file.stamp] for inputs in self.inputs.values() for file in inputs]
-        other = {"on_bad_record": on_bad_record, "unit_bytes": self.config.corpus.unit_bytes, "stamps": stamps}
-        name = f"work-{json_digest({**self._options(), **other})[:16]}"
-        return Path(self.config.stream.directory) / "build" / name
+        sha256 = hashlib.sha256(json.dumps(self.options(), sort_keys=True).encode())
+        sha256.update(repr(self.config.corpus.unit_bytes).encode())
+        for source in self.inputs.all():
+            sha256.update(repr((source.group, source.path, source.size, source.stamp)).encode())
+        return self.directory / "build" / f"work-{sha256.hexdigest()[:16]}"
 
     def source(self) -> dict[str, Any]:
         """What the streams are made from; recorded in the manifest, so that a finished build is known again."""
-        return {"sources_sha256": Inputs(self.inputs).digest(), **self._options()}
+        return {"sources_sha256": self.inputs.digest(), **self.options()}
 
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """The options that a stream depends on; what changes the units alone, as unit_bytes, changes no stream."""
         corpus, stream = self.config.corpus, self.config.stream
         return {
-            "document": corpus.document,
+            "document": document_of_all([source.path for source in self.inputs.all()], corpus.document),
             "field": corpus.field,
             "on_bad_record": corpus.on_bad_record,
             "max_document_bytes": corpus.max_document_bytes,
@@ -159,7 +113,7 @@ class Build:
         """The streams that are already there, made from the same source.
 
         Raises:
-            UserError: a stream is there that was made from something else.
+            UserError: a stream is there that was made from something else, and build.replace is not set.
         """
         found: dict[str, Manifest] = {}
         for split in ("train", "valid", "test"):
@@ -170,14 +124,33 @@ class Build:
                 raise UserError(f"{path}: is in the way and holds no stream; remove it")
 
             manifest = Manifest.read(path)
-            differing = [key for key, value in self.source().items() if manifest.source.get(key) != value]
-            if differing or split not in self.splits:
+            if split not in self.splits:
+                raise UserError(f"{path}: a stream is there with other splits; remove it, or {self._way_out()}")
+            if not (differing := self._differing(path, manifest)):
+                found[split] = manifest
+            elif not self.config.build.replace:
                 raise UserError(
-                    f"{path}: a stream is there with other {', '.join(differing) or 'splits'}; "
-                    "remove it, or choose another stream.directory"
+                    f"{path}: a stream is there with other {differing}; remove it, set build.replace=true, which keeps "
+                    f"it until the new one is there{self._count_new()}, or {self._way_out()}"
                 )
-            found[split] = manifest
         return found
+
+    def _way_out(self) -> str:
+        return "choose another stream.directory"
+
+    def _differing(self, path: Path, manifest: Manifest) -> str:
+        """What a stream was made from and this build is not, in words."""
+        options = [key for key, value in self.options().items() if manifest.source.get(key) != value]
+        files_differ = self.inputs.differing(path, manifest)
+        return ", ".join([*options, *([files_differ] if files_differ else [])])
+
+    def _count_new(self) -> str:
+        """How much a rebuild would encode, in words; nothing if that is all."""
+        new = every = 0
+        for job in self._jobs(1):
+            first = self.encoding.listing_path(job) if job.stride else self.encoding.unit_path(job, job.unit)
+            every, new = every + 1, new + (not first.exists())
+        return f" and encodes {new:,} of {every:,} units" if new < every else ""
 
     def run(
         self, progress: Callable[[int], None], executor: Callable[[], Executor] | None = None
@@ -191,36 +164,41 @@ class Build:
             The manifests of all streams.
 
         Raises:
-            UserError: nothing to train on, a bad record, a unit that kills its worker, a foreign stream in the way,
-                another build in the same directory.
+            UserError: nothing to train on, a bad record, a file that changes, a unit that kills its worker, a foreign
+                stream in the way, another build in the same directory.
         """
         done = self.finished()
-        if set(done) == set(self.splits):
-            self._clean()
+        if self.inputs.touched:
+            names = f"{self.inputs.touched[0]} and {len(self.inputs.touched) - 1:,} more"
+            say(f"{names} were touched since the streams were built, and hold what they held, as far as samples tell")
+        if set(done) == set(self.splits) and not self.context.work.exists() and self.config.build.keep_units:
             return done
 
-        work, directory = self.context.work, self.config.stream.directory
-        workers = self.config.build.workers or cores()
-        tasks = self._tasks(workers * self.task[1])
-        with (
-            joined(work.parent / "lock", work.name, directory) as leave,
-            self._make_pool(executor, min(workers, len(tasks))) as pool,
-        ):
-            done = self.finished()  # another process may have committed in between
-            if left := sorted(set(self.splits) - set(done)):
-                self._prepare_work()
-                shared = SharedPool(pool, work, self.task)
-                self._encode(shared, tasks, progress)
-                units = {split: self._units_of(split) for split in self.inputs}
-                assembler = Assembler(self.context, self.tokenizer, self.source(), Inputs(self.inputs), units, shared)
-                done |= assembler.run(left)
-            if leave():  # the last one
-                self._clean()
-        return done
+        with joined(self.directory / "build/lock", self.context.work.name, str(self.directory)) as leave:
+            if targets := sorted(set(self.splits) - set(self.finished())):  # others may have finished in between
+                self._prepare()
+                self._make(targets, progress, executor)
+            if leave():  # the last one clears up
+                self._end()
+        return {split: Manifest.read(self.context.stream_path(split)) for split in self.splits}
 
-    def _clean(self) -> None:
-        """Remove what no build needs any more."""
-        shutil.rmtree(self.context.work, ignore_errors=True)
+    def _make(
+        self, targets: Sequence[str], progress: Callable[[int], None], executor: Callable[[], Executor] | None
+    ) -> None:
+        """Encode what is not encoded, make these streams of it, and give them their names."""
+        workers = self.config.build.workers or cores()
+        tasks = [EncodeTask(job, self.encoding.entry_path(job)) for job in self._jobs(workers * self.task[1])]
+        damaged = Counter[Path]()
+        with self._make_pool(executor, min(workers, len(tasks))) as pool:
+            shared = SharedPool(pool, self.context.work, self.task)
+            while True:
+                try:
+                    self._encode(tasks, shared, progress)
+                    units = self._units(tasks)
+                    assembler = Assembler(self.context, self.tokenizer, self.source(), self.inputs, units, shared)
+                    return assembler.run(targets, lambda: check_unchanged(self.inputs.all()))
+                except DamagedUnitError as error:
+                    self._drop(error, damaged)
 
     def _make_pool(self, executor: Callable[[], Executor] | None, workers: int) -> WorkerPool:
         if executor is not None:
@@ -229,54 +207,92 @@ class Build:
             return dask_pool(self.config.build.dask)
         return process_pool(workers)
 
-    def _tasks(self, workers: int) -> list[EncodeTask]:
-        """All jobs, with readers enough for so many workers: the largest first, further readers of a file last."""
+    def _jobs(self, workers: int) -> Iterator[Job]:
+        for split, sources in self.inputs.by_split.items():
+            yield from jobs(split, sources, self.config.corpus, workers)
+
+    def _prepare(self) -> None:
+        """Make the directories of the build, or continue in them; others' are named and left."""
+        work = self.context.work
+        others = [path for path in self.directory.glob("build/work-*") if path != work]
+        for path in (*others, *self.directory.glob("build.partial")):
+            say(f"{path}: of another build, or another version, that was not finished; remove it if nobody wants it")
+
+        directories = {self.encoding.directory(split) for split in self.inputs.by_split}
+        for path in (work / "jobs", work / LOCKS, *directories):
+            files.make_directory(path)
+            files.sync(path.parent)
+            files.clear_temporaries(path)
+        files.clear_temporaries(work)
+        if not (work / "tokenizer.model").exists():
+            files.write_file(work / "tokenizer.model", self.tokenizer.model)
+
+    def _encode(self, tasks: Sequence[EncodeTask], shared: SharedPool, progress: Callable[[int], None]) -> None:
+        """Have all units encoded: the largest jobs first, further readers of a file when all have one."""
         corpus = self.config.corpus
-        every = chain.from_iterable(jobs(split, inputs, corpus, workers) for split, inputs in self.inputs.items())
-        order = sorted(every, key=lambda job: (job.unit if job.stride else 0, -job.bytes(corpus)))
-        return [EncodeTask(self.context, job) for job in order]
+        order = sorted(tasks, key=lambda task: (task.job.unit if task.job.stride else 0, -task.job.bytes(corpus)))
+        failed = shared.run(
+            "encode", order, run_encode_task, self.encoding, lambda task: progress(task.job.bytes(corpus))
+        )
+        self._reject_units(failed)
 
-    def _prepare_work(self) -> None:
-        """Continue in the work directory of the same build."""
-        (self.context.work / "units").mkdir(parents=True, exist_ok=True)
-        if not (self.context.work / "tokenizer.model").exists():
-            files.write_file(self.context.work / "tokenizer.model", self.tokenizer.model)
-
-    def _encode(self, shared: SharedPool, tasks: Sequence[EncodeTask], progress: Callable[[int], None]) -> None:
-        """Have all units encoded."""
-        corpus = self.config.corpus
-
-        def report(task: EncodeTask) -> None:
-            progress(task.job.bytes(corpus))
-
-        failed = shared.run("encode", tasks, run_encode_task, self.context, report)
-        self._reject_units([task.job for task in failed])
-
-    def _reject_units(self, failed: Sequence[Job]) -> None:
+    def _reject_units(self, failed: Sequence[EncodeTask]) -> None:
         """Units that killed two workers: an error, or with bad records skipped a rejected record each."""
-        left = [job for job in failed if job.stride or self.config.corpus.on_bad_record == "fail"]
+        left = [task.job for task in failed if task.job.stride or self.config.corpus.on_bad_record == "fail"]
         if left:
             raise UserError(
                 f"{'; '.join(f'{job} ({self._range(job)})' for job in left)}: killed its worker twice, out of memory "
                 "perhaps; all others are done. Use fewer build.workers, fix the file, or set corpus.on_bad_record=skip"
             )
-        for job in failed:
-            begin = job.unit * self.config.corpus.unit_bytes
-            rejected = [Rejected(source.name, begin, "its worker was killed") for source in job.sources]
-            path, names = self.context.unit_path(job, job.unit), [source.name for source in job.sources]
-            write_unit(path, rejected, names, self.context.unit_options(job.split), Encoder(self.tokenizer))
+        for task in failed:
+            write_rejected_unit(self.encoding, task, Encoder(self.tokenizer))
 
     def _range(self, job: Job) -> str:
+        if job.stride or len(job.sources) > 1:
+            return "any of its units" if job.stride else "any of its files"
         begin = job.unit * self.config.corpus.unit_bytes
-        return "any of its units" if job.stride else f"bytes {begin:,} to {begin + job.bytes(self.config.corpus):,}"
+        return f"bytes {begin:,} to {begin + job.bytes(self.config.corpus):,}"
 
-    def _units_of(self, split: str) -> list[UnitOfFiles]:
-        """All unit files of a split, in the order of the corpus."""
-        units, first_file = [], Inputs(self.inputs).first_line(split)
-        for job in jobs(split, self.inputs[split], self.config.corpus, 1):
-            numbers = json.loads(self.context.listing_path(job).read_bytes()) if job.stride else [job.unit]
-            units += [UnitOfFiles(self.context.unit_path(job, number), first_file + job.file) for number in numbers]
+    def _units(self, tasks: Sequence[EncodeTask]) -> dict[str, list[UnitOfFiles]]:
+        """By split: all unit files, in the order of the corpus; what is in their files is learnt on the way."""
+        units: dict[str, list[UnitOfFiles]] = {split: [] for split in self.inputs.by_split}
+        first_lines = {split: self.inputs.first_line(split) for split in units}
+        for task in tasks:
+            job = task.job
+            if job.stride and job.unit:  # one of several readers, which have one entry
+                continue
+            if not (entry := read_entry(task.path)):
+                raise DamagedUnitError(task.path, "is not whole")
+            line = first_lines[job.split] + job.file
+            units[job.split] += [UnitOfFiles(self.encoding.unit_path(job, number), line) for number in entry.units]
+            self.inputs.learn(line, entry.contents)
         return units
+
+    def _drop(self, error: DamagedUnitError, damaged: Counter[Path]) -> None:
+        """Have a unit made again that is not what was written.
+
+        Raises:
+            UserError: it was, a moment ago.
+        """
+        damaged[error.path] += 1
+        if damaged[error.path] > 2:
+            raise UserError(f"{error.path}: {error.reason}, although it was made again twice; look at the disk")
+        say(f"{error.path}: {error.reason}; it is made again")
+        error.path.unlink(missing_ok=True)
+        key = error.path.name.rpartition("-")[0]
+        for entry in self.context.work.glob(f"jobs/*-{key}*.json"):
+            entry.unlink(missing_ok=True)
+
+    def _end(self) -> None:
+        """Clear up behind a build whose streams are all there."""
+        for split in self.splits:
+            files.remove_tree(self.context.stream_path(split).with_name(split + REPLACED))
+        self.inputs.remember()
+        files.remove_tree(self.context.work)
+        names: dict[Path, set[str]] = {self.encoding.directory(split): set() for split in self.inputs.by_split}
+        for job in self._jobs(1):
+            names[self.encoding.directory(job.split)].add(job.key)
+        tidy(names, self.config.build.keep_units)
 
 
 def parse_task(text: str) -> tuple[int, int]:

@@ -15,11 +15,9 @@ another process's notice of it (on NFS as long as its client keeps names in its 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,12 +28,12 @@ from typing import Any, Protocol, TypeVar
 
 from rnnlm import files
 from rnnlm.data.build.executor import WorkerPool
+from rnnlm.data.build.unit_file import DamagedUnitError
 from rnnlm.errors import RunError, UserError
 
 AnyTask = TypeVar("AnyTask", bound="Task")
 LOCKS, PHASES = "locks", "phases"  # directories in that of the build
 PAUSE_SECONDS = 1.0  # at most, between two looks at what others are doing
-WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
 class Listing:
@@ -55,46 +53,33 @@ class Listing:
 
 
 @contextmanager
-def taken(locks: Path, path: Path) -> Iterator[bool]:
+def taken(locks: Path, path: Path, is_done: Callable[[], bool] | None = None) -> Iterator[bool]:
     """Whether the task of a file is this process's to do; others stay away from it until the end of the block.
 
     False: it is done, or someone alive is at it.
+
+    Args:
+        is_done: whether it is done; None: when its file is there.
     """
-    if path.exists():
+    is_done = is_done or path.exists
+    if is_done():
         yield False
         return
 
     lock = locks / path.name
     handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        is_mine = _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) is not False
-        is_mine = is_mine and not path.exists()  # whoever had the lock before may have written it
+        is_mine = files.lock(handle, fcntl.LOCK_EX) is not False
+        is_mine = is_mine and not is_done()  # whoever had the lock before may have done it
         if is_mine:
             os.truncate(handle, 0)
-            os.write(handle, _who().encode())
+            os.pwrite(handle, files.this_process().encode(), 0)
 
         yield is_mine
-        if path.exists():  # else who comes next finds the lock free; the task may have failed
+        if is_done():  # else the task may have failed, and whoever comes next finds the lock free
             lock.unlink(missing_ok=True)
     finally:
         os.close(handle)  # which frees the lock
-
-
-def _lock(handle: int, operation: int) -> bool | None:
-    """Lock an open file: whether it is locked now; None: there are no locks on this file system."""
-    try:
-        fcntl.flock(handle, operation)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in WITHOUT_LOCKS:
-            raise
-        return None
-    return True
-
-
-def _who() -> str:
-    return f"{socket.gethostname()}, process {os.getpid()}"
 
 
 @dataclass(frozen=True)
@@ -117,7 +102,7 @@ def run_file_task(locks: Path, task: FileTask) -> None:
             return
         try:
             task.function(*task.arguments)
-        except FileNotFoundError:
+        except (FileNotFoundError, DamagedUnitError):
             if not task.path.exists():  # else someone has done it unseen, and has removed what it is made of
                 raise
 
@@ -215,18 +200,19 @@ def joined(lock: Path, digest: str, what: str) -> Iterator[Callable[[], bool]]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        if _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):  # the first one says what is built
+        if files.lock(handle, fcntl.LOCK_EX):  # the first one says what is built
             os.truncate(handle, 0)
-            os.pwrite(handle, f"{digest} {_who()}, {time.ctime()}".encode(), 0)
-        has_locks = _lock(handle, fcntl.LOCK_SH)
+            os.pwrite(handle, f"{digest} {files.this_process()}, {time.ctime()}".encode(), 0)
+        while (has_locks := files.lock(handle, fcntl.LOCK_SH)) is False:
+            time.sleep(PAUSE_SECONDS)  # who has it alone is beginning, or clearing up
 
-        if not has_locks:
+        if has_locks is None:
             print(f"warning: {what} is on a file system without locks; tasks may do some work twice", file=sys.stderr)
         else:
             found, _, who = os.pread(handle, 4096, 0).decode(errors="replace").partition(" ")
             if found != digest:
                 raise RunError(f"{what}: another build is working there ({who}); wait for it")
 
-        yield lambda: _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) is not False
+        yield lambda: files.lock(handle, fcntl.LOCK_EX) is not False
     finally:
         os.close(handle)  # which gives the lock back, as the end of the process does

@@ -1,7 +1,7 @@
 """Units encoded: records -> a unit file, written once under a temporary name and renamed.
 
-What has its name is whole, with its list of rejected records beside it, and is not made again. The price: the rows wait
-in a file of their own until all tokens are written.
+What has its name is whole, and is not made again. The price: rows, and the list of rejected records, wait in files of
+their own until all tokens are written.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO
 
 import numpy as np
 
 from rnnlm import files
-from rnnlm.data.build.unit_file import BYTES, HASH, LEVEL, LEVELS, WORDS, Array, rejected_path, write_footer
+from rnnlm.data.build.unit_file import BYTES, HASH, LEVEL, LEVELS, WORDS, Array, digest_of, write_footer
 from rnnlm.data.documents import BadRecordError, Document, Item, LongDocument, Rejected
 from rnnlm.data.encoder import Encoder
 from rnnlm.hashing import fraction, fraction_of, keyed_hash
@@ -35,6 +36,7 @@ class UnitOptions:
     valid_fraction: float  # 0: no document is held out
     split_seed: int
     max_whole_bytes: int
+    on_bad_record: str  # noted in the footer
     hashes: bool  # whether rows end with the hash of their document
 
     def level(self, fraction: float) -> int:
@@ -54,25 +56,20 @@ def write_unit(path: Path, items: Iterable[Item], names: Sequence[str], options:
     Raises:
         UserError: a document too long for the tokenizer, unless bad records are skipped.
     """
-    partial = [files.temporary_path(path) for _ in range(3)]
+    partial = files.temporary_path(path)
+    beside = partial.parent  # files without a name, which end with the process
     try:
-        with partial[0].open("wb+") as tokens, partial[1].open("wb+") as rows, partial[2].open("wb+") as rejected:
+        with partial.open("wb+") as tokens, TemporaryFile(dir=beside) as rows, TemporaryFile(dir=beside) as rejected:
             writer = _UnitWriter(tokens, rows, rejected, names, options, encoder)
             for item in items:
                 writer.add(item)
-            writer.finish()
-            for file in (tokens, rejected):
-                file.flush()
-                os.fsync(file.fileno())
-            is_listed = rejected.tell() > 0
-
-        if is_listed:
-            files.rename(partial[2], rejected_path(path))  # first: a unit that is there has its list
-        files.rename(partial[0], path)
+            writer.finish(path.name)
+            tokens.flush()
+            os.fsync(tokens.fileno())
+        files.rename(partial, path)
         files.sync(path.parent)
     finally:
-        for each in partial:
-            each.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 @dataclass
@@ -118,7 +115,7 @@ class _UnitWriter:
             self._list(item.name, item.offset, item.reason)
 
     def _list(self, name: str, offset: int, reason: str) -> None:
-        self.rejected.write(json.dumps({"file": name, "at": offset, "reason": reason}).encode() + b"\n")
+        self.rejected.write(json.dumps([self.places[name], offset, reason]).encode() + b"\n")
 
     def _note_repair(self, item: Document | LongDocument, level: int) -> None:
         if item.repaired:
@@ -197,16 +194,21 @@ class _UnitWriter:
             return error.rejected
         return None
 
-    def finish(self) -> None:
-        """Write what waits, the rows behind the tokens, and the footer."""
+    def finish(self, name: str) -> None:
+        """Write what waits, the rows behind the tokens, the list, and the footer; `name` is that of the file."""
         self._flush()
-        count = self.tokens.tell() // self.encoder.dtype.itemsize
-        self.rows.seek(0)
-        shutil.copyfileobj(self.rows, self.tokens, 2**20)
+        count, listed = self.tokens.tell() // self.encoder.dtype.itemsize, self.rejected.tell()
+        for file in (self.rows, self.rejected):
+            file.seek(0)
+            shutil.copyfileobj(file, self.tokens, 2**20)
+
+        self.tokens.flush()
+        levels = np.flatnonzero(self.totals[:, 0]).tolist()
         footer = {
-            "dtype": self.encoder.dtype.str, "tokens": count, "rows": self.records["kept"],
-            "columns": HASH + 2 * self.options.hashes, "records": dict(self.records),
-            "totals": {int(level): self.totals[level].tolist() for level in np.flatnonzero(self.totals[:, 0])},
-            "repaired": self.repaired,
+            "name": name, "sha256": digest_of(self.tokens, self.tokens.tell()), "dtype": self.encoder.dtype.str,
+            "tokens": count, "rows": self.records["kept"], "columns": HASH + 2 * self.options.hashes,
+            "rejected": listed, "on_bad_record": self.options.on_bad_record, "records": dict(self.records),
+            "totals": {str(level): self.totals[level].tolist() for level in levels},
+            "repaired": {str(level): count for level, count in self.repaired.items()},
         }  # fmt: skip
         write_footer(self.tokens, footer)

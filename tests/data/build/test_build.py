@@ -80,7 +80,7 @@ def test_again_is_done_and_other_inputs_are_refused(tmp_path: Path, tokenizer: T
     assert Build(config, tokenizer).run(lambda size: None) == first
     assert (tmp_path / "out/train/stream.json").stat().st_mtime_ns == before
     other = dataclasses.replace(config, stream=dataclasses.replace(config.stream, split_seed=1))
-    with pytest.raises(UserError, match=r"out/train: a stream is there with other split_seed; remove it, or choose"):
+    with pytest.raises(UserError, match=r"out/train: a stream is there with other split_seed; remove it, set"):
         Build(other, tokenizer).run(lambda size: None)
 
 

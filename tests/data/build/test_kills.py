@@ -184,7 +184,7 @@ def test_fault_26_a_worker_killed_once_is_replaced(
     text: Path, tokenizer: Tokenizer, whole: dict[str, str], tmp_path: Path
 ) -> None:
     directory, log = prepare(tmp_path / "s", tokenizer), tmp_path / "log"
-    code, stderr = faulty("worker-once:train-000000-000011", log, *options(text, directory, workers=2))
+    code, stderr = faulty("worker-once:000011", log, *options(text, directory, workers=2))
     assert code == 0, stderr
     assert digests(directory) == whole
 
@@ -225,11 +225,11 @@ def test_fault_26_a_pool_that_breaks_between_tasks_is_recreated(
 
 def test_fault_26_a_unit_that_kills_its_workers_fails_alone(text: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     directory, log = prepare(tmp_path / "s", tokenizer), tmp_path / "log"
-    fault = "worker:train-000000-000011"
+    fault = "worker:000011"
     code, stderr = faulty(fault, log, *options(text, directory, workers=2))
     assert code == 2, stderr
     assert f"{text}, unit 11 (bytes 33,000 to 36,000): killed its worker twice" in stderr, stderr
-    units = sorted(directory.glob("build/work-*/units/*.unit"))
+    units = sorted(directory.glob("build/units/*/*.unit"))
     assert len(units) == -(-text.stat().st_size // UNIT_BYTES) - 1, "all others are done"
     assert not (directory / "train").exists()
 
@@ -251,7 +251,7 @@ def test_fault_24_a_full_disk_is_reported_and_the_build_continues(
         code, stderr = faulty(fault, log, *options(text, directory))
         assert code == 1, stderr
         assert stderr.strip().splitlines()[-1].startswith("error: [Errno 28] No space left on device; make room")
-        assert not list(directory.glob("build/work-*/*/.*")), "no half file stays"
+        assert not list(directory.glob("build/*/*/.*")), "no half file stays"
 
     assert len(encoded(log)) == len(set(encoded(log))) > 8
     assert faulty("none", log, *options(text, directory))[0] == 0
