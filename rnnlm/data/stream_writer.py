@@ -33,19 +33,22 @@ def write_array(
         All rows, and the sha256 of the bytes behind the header.
     """
     partial, rows, sha256 = files.temporary_path(path), 0, hashlib.sha256()
-    with partial.open("wb") as file:
-        file.write(bytes(HEADER_BYTES))  # until the length is known
-        for block in blocks:
-            data = np.ascontiguousarray(block, dtype=dtype).reshape(-1).view(np.uint8).data
-            file.write(data)  # not through a memmap: a full disk is then an error, not a SIGBUS
-            sha256.update(data)
-            rows += len(block)
+    try:
+        with partial.open("wb") as file:
+            file.write(bytes(HEADER_BYTES))  # until the length is known
+            for block in blocks:
+                data = np.ascontiguousarray(block, dtype=dtype).reshape(-1).view(np.uint8).data
+                file.write(data)  # not through a memmap: a full disk is then an error, not a SIGBUS
+                sha256.update(data)
+                rows += len(block)
 
-        file.seek(0)
-        file.write(npy_header(dtype, (rows, *columns)))
-        file.flush()
-        os.fsync(file.fileno())
-    files.rename(partial, path)
+            file.seek(0)
+            file.write(npy_header(dtype, (rows, *columns)))
+            file.flush()
+            os.fsync(file.fileno())
+        files.rename(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return rows, sha256.hexdigest()
 
 

@@ -219,22 +219,25 @@ def _write_documents(path: Path, documents: Array, paths: Sequence[Path], spill:
     del ends
 
     partial = files.temporary_path(path)
-    with partial.open("wb") as file:
-        dtype = _copy_tokens(file, documents, begins, paths)
-        file.seek(tokens * dtype.itemsize)
-        documents[:, BEGIN] = begins
-        totals = np.array([len(documents), *documents[:, :LEVEL].sum(0)])
-        if not spill:
-            documents[:, LEVEL] = 0  # the same column as PLACE
+    try:
+        with partial.open("wb") as file:
+            dtype = _copy_tokens(file, documents, begins, paths)
+            file.seek(tokens * dtype.itemsize)
+            documents[:, BEGIN] = begins
+            totals = np.array([len(documents), *documents[:, :LEVEL].sum(0)])
+            if not spill:
+                documents[:, LEVEL] = 0  # the same column as PLACE
 
-        columns = OWNER if spill else HASH
-        for first in range(0, len(order), COPY_ROWS):
-            file.write(np.ascontiguousarray(documents[order[first : first + COPY_ROWS], :columns]).data)
-        footer = {"dtype": dtype.str, "tokens": tokens, "rows": len(order), "columns": columns}
-        write_footer(file, {**footer, "totals": {0: totals.tolist()}})
-        file.flush()
-        os.fsync(file.fileno())
-    files.rename(partial, path)
+            columns = OWNER if spill else HASH
+            for first in range(0, len(order), COPY_ROWS):
+                file.write(np.ascontiguousarray(documents[order[first : first + COPY_ROWS], :columns]).data)
+            footer = {"dtype": dtype.str, "tokens": tokens, "rows": len(order), "columns": columns}
+            write_footer(file, {**footer, "totals": {0: totals.tolist()}})
+            file.flush()
+            os.fsync(file.fileno())
+        files.rename(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _copy_tokens(file: IO[bytes], documents: Array, begins: Array, paths: Sequence[Path]) -> np.dtype[Any]:

@@ -63,9 +63,9 @@ def test_tasks_of_an_array_started_one_after_the_other_and_one_killed(
     whole = digests(build(text, tmp_path / "whole", tokenizer, deduplicate=True, shuffle_seed=3))
     directory = prepare(tmp_path / "s", tokenizer)
     running = []
-    for task, fault in ((3, "unit:6"), (0, "none"), (9, "spill_shuffled:2"), (1, "none")):
-        log = tmp_path / f"log{task}"
-        running.append(start(fault, log, *options(text, directory, **given), f"--build.task={task}/4"))
+    for task, fault in (("3/4", "unit:6"), ("0/4", "none"), ("9/4", "spill_shuffled:2"), ("", "none")):
+        log = tmp_path / f"log{len(running)}"
+        running.append(start(fault, log, *options(text, directory, **given), f"--build.task={task}"))
         first_unit(log, running[-1])
 
     for process in running:
@@ -133,24 +133,13 @@ def test_another_build_in_the_same_directory_is_refused(text: Path, tokenizer: T
     first.start()
     assert entered.wait(60)
     with pytest.raises(
-        UserError, match=rf"s/build: another build is working there \(.*process {os.getpid()}, .*\); wait for it"
+        UserError, match=rf"s: another build is working there \(.*process {os.getpid()}, .*\); wait for it"
     ):
         build(text, tmp_path / "s", tokenizer, deduplicate=True)
 
     leave.set()
     first.join()
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["build", "train", "valid"]
-
-
-def test_the_same_command_twice_at_once_shares_the_work(
-    text: Path, tokenizer: Tokenizer, whole: dict[str, str], tmp_path: Path
-) -> None:
-    threads = [threading.Thread(target=build, args=(text, tmp_path / "s", tokenizer)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert digests(tmp_path / "s") == whole
 
 
 def test_units_of_an_edited_file_are_not_used(
