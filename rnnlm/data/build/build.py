@@ -45,7 +45,7 @@ from rnnlm.data.encoder import Encoder
 from rnnlm.data.filetypes import document_of_all
 from rnnlm.data.jobs import Job, jobs
 from rnnlm.data.sources import Source, corpus_sources
-from rnnlm.data.stream_format import Manifest
+from rnnlm.data.stream_format import VERSION, Manifest
 from rnnlm.data.stream_writer import REPLACED
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
@@ -93,7 +93,7 @@ class Build:
     def options(self) -> dict[str, Any]:
         """The options that a stream depends on; what changes the units alone, as unit_bytes, changes no stream."""
         corpus, stream = self.config.corpus, self.config.stream
-        return {
+        every = {
             "document": document_of_all([source.path for source in self.inputs.all()], corpus.document),
             "field": corpus.field,
             "on_bad_record": corpus.on_bad_record,
@@ -101,13 +101,14 @@ class Build:
             "max_whole_bytes": corpus.max_whole_bytes,
             "deduplicate": corpus.deduplicate,
             "shuffle_seed": corpus.shuffle_seed,
-            "shares": corpus.shares,
-            "valid_fraction": stream.valid_fraction,
-            "valid_max_tokens": stream.valid_max_tokens,
-            "split_seed": stream.split_seed,
-            "shard_tokens": stream.shard_tokens,
-            "tokenizer": self.tokenizer.digest,
         }
+
+        if isinstance(corpus.train, dict):
+            every["shares"] = corpus.shares
+        every |= {name: getattr(stream, name) for name in ("valid_fraction", "split_seed", "shard_tokens")}
+        if self.context.holds_out("train"):
+            every["valid_max_tokens"] = stream.valid_max_tokens
+        return {**every, "tokenizer": self.tokenizer.digest}
 
     def finished(self) -> dict[str, Manifest]:
         """The streams that are already there, made from the same source.
@@ -140,7 +141,10 @@ class Build:
 
     def _differing(self, path: Path, manifest: Manifest) -> str:
         """What a stream was made from and this build is not, in words."""
-        options = [key for key, value in self.options().items() if manifest.source.get(key) != value]
+        found = dict(manifest.source)
+        if manifest.version < VERSION:
+            found["valid_max_tokens"] = self.config.stream.valid_max_tokens  # there was no such option
+        options = [key for key, value in self.options().items() if found.get(key) != value]
         files_differ = self.inputs.differing(path, manifest)
         return ", ".join([*options, *([files_differ] if files_differ else [])])
 

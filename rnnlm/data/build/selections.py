@@ -142,6 +142,7 @@ def choose(opened: Sequence[UnitFile], units: Sequence[CountedUnit], levels: ran
         sources={
             name: {"documents": int(totals[0]), "text_bytes": int(totals[2]), "tokens": int(totals[1])}
             for name, totals in sources.items()
+            if totals[0]
         },
     )
 
