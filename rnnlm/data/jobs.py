@@ -74,6 +74,9 @@ def jobs(split: str, files: Sequence[Source], corpus: CorpusConfig, workers: int
     stride = -(-workers // streamed) if streamed else 1
     first = size = 0  # of the small files that wait for others
     for index, source in enumerate(files):
+        if first < index and source.group != files[first].group:  # each unit belongs to one named source
+            yield Job(split, first, tuple(files[first:index]), whole=True)
+            first, size = index, 0
         if _is_small(source, corpus):
             size += source.size
             if size >= corpus.unit_bytes or _ends_group(source):
