@@ -168,7 +168,8 @@ def locked(path: Path, what: str, shared: bool = False, patience_seconds: float 
     Raises:
         RunError: someone else holds it, with what the file says.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
+    sync(path.parent.parent)  # else what is written under it could be lost with its name
     until = time.monotonic() + patience_seconds
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:

@@ -23,12 +23,13 @@ from rnnlm.data.stream import TokenStream
 from rnnlm.data.substreams import SubstreamDataset
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.model.language_model import RecurrentLM
+from rnnlm.texts import NamedSource
 from rnnlm.train.load import load_model
 from rnnlm.train.run import mark_preempted
 
 TEXT = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
 NUMPY, PYTORCH = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-WHOLE = {"records", "files", "sources", "configuration", "scaler", "ranks", "parameters", "ran_in"}
+WHOLE = {"records", "files", "sources", "source.shares", "configuration", "scaler", "ranks", "parameters", "ran_in"}
 
 
 def documented(heading: str) -> set[str]:
@@ -98,7 +99,8 @@ def test_the_pytorch_program_computes_what_the_model_does(run: Path, train_strea
 
 def test_every_field_of_a_stream_is_documented(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "text.txt").write_bytes("\n".join(make_text(50)).encode() + b"\nbad \xff\n\n")
-    corpus = CorpusConfig(train=str(tmp_path / "text.txt"), on_bad_record="replace")
+    named = {"web": NamedSource(str(tmp_path / "text.txt"))}
+    corpus = CorpusConfig(train=named, on_bad_record="replace")
     built = Build(Config(corpus=corpus, stream=StreamConfig(directory=str(tmp_path / "built"))), tokenizer)
     assert built.run(lambda size: None)["train"].mended == 1
     np.array([5, 9, 1, 7], "<u2").tofile(tmp_path / "raw.bin")

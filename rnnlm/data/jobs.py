@@ -74,7 +74,7 @@ def jobs(split: str, files: Sequence[Source], corpus: CorpusConfig, workers: int
     stride = -(-workers // streamed) if streamed else 1
     first = size = 0  # of the small files that wait for others
     for index, source in enumerate(files):
-        if first < index and source.group != files[first].group:
+        if first < index and source.group != files[first].group:  # each unit belongs to one named source
             yield Job(split, first, tuple(files[first:index]), whole=True)
             first, size = index, 0
         if _is_small(source, corpus):

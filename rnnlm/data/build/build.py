@@ -106,7 +106,7 @@ class Build:
         if isinstance(corpus.train, dict):
             every["shares"] = corpus.shares
         every |= {name: getattr(stream, name) for name in ("valid_fraction", "split_seed", "shard_tokens")}
-        if self.context.holds_out("train"):
+        if not corpus.valid:
             every["valid_max_tokens"] = stream.valid_max_tokens
         return {**every, "tokenizer": self.tokenizer.digest}
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from rnnlm import files
 from rnnlm.errors import UserError
 
+BUILD_FILES = ("lock", "units", "inputs.jsonl")  # and work-...: what a build makes beside the streams
 RUN_FILES = ("checkpoints", "metrics.jsonl")  # what a run's directory has
 
 
@@ -39,8 +40,12 @@ def check_directory(directory: Path) -> None:
             raise UserError(f"{key}: is the directory of a run, with {name} in it; give the streams one of their own")
 
     build = directory / "build"
-    if build.exists() and not (build / "lock").exists() and (not build.is_dir() or any(build.iterdir())):
+    if build.exists() and not (build.is_dir() and all(map(_is_of_a_build, build.iterdir()))):
         raise UserError(f"{build}: is in the way and of no build of streams; move it, or choose another directory")
+
+
+def _is_of_a_build(path: Path) -> bool:
+    return path.name in BUILD_FILES or path.name.startswith(("work-", ".inputs.jsonl."))
 
 
 def tidy(keys: Mapping[Path, set[str]], keep_units: bool) -> None:
