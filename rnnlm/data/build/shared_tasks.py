@@ -197,7 +197,8 @@ def joined(lock: Path, digest: str, what: str) -> Iterator[Callable[[], bool]]:
     Raises:
         RunError: another build is there, with who began it.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    files.make_directory(lock.parent)
+    files.sync(lock.parent.parent)
     handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if files.lock(handle, fcntl.LOCK_EX):  # the first one says what is built

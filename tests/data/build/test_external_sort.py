@@ -138,6 +138,7 @@ def test_the_memory_of_a_span_grows_with_its_documents_as_stated(
 ) -> None:
     for module in (external_sort, unit_file):  # so that it is not the blocks of rows that are measured
         monkeypatch.setattr(module, "COPY_ROWS", 2**9)
+
     path, count = unit
     stem, whole = tmp_path / "train", Span(0, [path], 0, count, 0)
     select = Selection(path, range(LEVELS), (count, count, count, count))
@@ -151,6 +152,7 @@ def test_the_memory_of_a_span_grows_with_its_documents_as_stated(
         ),
         (lambda: gather_shuffled(stem, 1, 0, count, tmp_path / "shuffled"), DOCUMENT_BYTES),
     ]
+
     for task, stated in tasks:
         tracemalloc.start()
         task()
