@@ -106,6 +106,9 @@ class StreamConfig:
     """Share of training documents, chosen by a keyed hash of their text, that become the valid stream."""
     split_seed: int = knob(0, at_least=0, below=2**63)
     """The key of that hash."""
+    valid_max_tokens: int = knob(2**24, at_least=0)
+    """Most tokens of a valid stream that is split off: a half, a quarter ... of the share is taken until it has no
+    more, and the rest is trained on. 0: any number."""
     shard_tokens: int = knob(2**27, at_least=1)
     """Tokens per shard file (2 or 4 bytes each)."""
     verify: bool = knob(False, changeable=True)
@@ -119,7 +122,13 @@ class BuildConfig:
     workers: int = knob(0, at_least=0, changeable=True)
     """Processes that encode; 0: one per core."""
     task: str = knob("", changeable=True)
-    """'3/16': do task 3 of 0 ... 15 of a job array and stop; without, do what is left, and commit."""
+    """'3/16': begin with every 16th piece of the work from the 3rd on, then take what others have not begun; any number
+    of such processes, and those without, share a build on all machines that see the directory."""
+    keep_units: bool = knob(True, changeable=True)
+    """Keep what was encoded beside the streams, about their size once more, so that the next build, of one file more or
+    another shuffle, encodes only what is new; the end of a build says where."""
+    replace: bool = knob(False, changeable=True)
+    """Put the new streams in the place of others that are there, when the new ones are whole."""
     dask: str = knob("", changeable=True)
     """Address of a Dask scheduler whose workers encode, as in tcp://host:8786; all must see the same files."""
 

@@ -7,10 +7,14 @@ Whoever needs these calls them as `files.write`, so that a test can put a fault 
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import os
+import re
 import socket
 import stat
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,6 +25,8 @@ from typing import Any
 
 from rnnlm.errors import RunError
 
+WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+TEMPORARY = re.compile(r"\.([0-9a-f]{12})-(\d+)-[0-9a-f]{16}$")  # how the names of temporary_path end
 DELETED = ".deleted"  # the suffix of what is being deleted; no reader takes it
 
 
@@ -76,8 +82,38 @@ def write_file(path: Path, data: bytes, alone: bool = False) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """A hidden name beside `path` that no other process on any machine takes."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    """A hidden name beside `path` that no other process on any machine takes, and that tells whose it is."""
+    return path.with_name(f".{path.name}.{_this_machine()}-{os.getpid()}-{uuid.uuid4().hex[:16]}")
+
+
+def clear_temporaries(directory: Path) -> None:
+    """Remove what is left under temporary names by this process, or by processes of this machine that are dead.
+
+    Those of other machines stay: nobody here can tell whether they are still being written.
+    """
+    for path in directory.glob(".*"):
+        found = TEMPORARY.search(path.name)
+        if found and found[1] == _this_machine() and (int(found[2]) == os.getpid() or not _is_alive(int(found[2]))):
+            path.unlink(missing_ok=True)
+
+
+def _this_machine() -> str:
+    """The same for all processes that see each other's ids: containers on one machine, and of one name, may not."""
+    try:
+        processes = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:  # no Linux
+        processes = 0
+    return hashlib.sha256(f"{socket.gethostname()} {processes}".encode()).hexdigest()[:12]
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def open_regular(path: Path) -> tuple[BufferedReader, int]:
@@ -126,43 +162,59 @@ def delete(path: Path) -> None:
 
 
 @contextmanager
-def locked(directory: Path, note: Path, what: str, shared: bool = False, patience_seconds: float = 0) -> Iterator[None]:
-    """Hold a directory, made if it is not there, against every other process.
+def locked(path: Path, what: str, shared: bool = False, patience_seconds: float = 0) -> Iterator[None]:
+    """Hold the directory of a lock file, both made if they are not there, against all processes on all nodes.
+
+    The lock is on a regular file that stays for ever, opened for writing: on NFS and Lustre one on a directory excludes
+    nobody on another node, and one on a file that others remove excludes nobody either.
 
     Args:
-        note: file that names the holder while there is one alone.
+        path: the lock file; while one alone holds it, it says who.
         what: "build" or "run", for the error.
         shared: together with others who ask for it in the same way.
         patience_seconds: how long to wait for it: who was killed a moment ago may not be gone yet.
 
     Raises:
-        RunError: someone else holds it, with what its note says.
+        RunError: someone else holds it, with what the file says.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory, os.O_RDONLY)
+    make_directory(path.parent)
+    sync(path.parent.parent)  # else what is written under it could be lost with its name
+    until = time.monotonic() + patience_seconds
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        _lock(directory, handle, note, what, shared, time.monotonic() + patience_seconds)
-        note.parent.mkdir(parents=True, exist_ok=True)
+        while (is_mine := lock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)) is False:
+            if time.monotonic() > until:
+                found = os.pread(handle, 4096, 0).decode(errors="replace") or "together with others"
+                raise RunError(f"{path.parent}: another {what} is working there ({found}); wait for it")
+            time.sleep(0.1)
+        if is_mine is None:
+            print(f"warning: {path.parent}: a file system without locks; do not start a second {what}", file=sys.stderr)
         if not shared:
-            note.write_text(f"{socket.gethostname()}, process {os.getpid()}, {time.ctime()}")
+            os.truncate(handle, 0)
+            os.pwrite(handle, f"{this_process()}, {time.ctime()}".encode(), 0)
 
         try:
             yield
         finally:
-            note.unlink(missing_ok=True)
+            if not shared:
+                os.truncate(handle, 0)
     finally:
         os.close(handle)  # which gives the lock back, as the end of the process does
 
 
-def _lock(directory: Path, handle: int, note: Path, what: str, shared: bool, until: float) -> None:
-    """Lock an open directory, or raise when the clock of time.monotonic() is past `until`."""
-    while True:
-        try:
-            return fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > until:
-                found = note.read_text() if note.is_file() else "it shares the directory with others"
-                raise RunError(f"{directory}: another {what} is working there ({found}); wait for it") from error
-        except OSError:  # a file system without locks
-            return None
-        time.sleep(0.1)
+def lock(handle: int, operation: int) -> bool | None:
+    """Lock an open file without waiting: whether it is locked now; None: there are no locks on this file system."""
+    try:
+        fcntl.flock(handle, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        return None
+    return True
+
+
+def this_process() -> str:
+    """What a lock file says of its holder."""
+    return f"{socket.gethostname()}, process {os.getpid()}"

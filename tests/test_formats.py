@@ -23,13 +23,14 @@ from rnnlm.data.substreams import SubstreamDataset
 from rnnlm.data.token_table import table_alone
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.model.language_model import RecurrentLM
+from rnnlm.texts import NamedSource
 from rnnlm.train.ending import mark_preempted
 from rnnlm.train.load import load_model
 from rnnlm.yaml_file import load_yaml
 
 TEXT = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
 NUMPY, PYTORCH = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-WHOLE = {"records", "files", "source.files", "configuration", "scaler", "ranks", "parameters", "ran_in"}
+WHOLE = {"records", "files", "sources", "source.shares", "configuration", "scaler", "ranks", "parameters", "ran_in"}
 
 
 def documented(heading: str) -> set[str]:
@@ -99,7 +100,8 @@ def test_the_pytorch_program_computes_what_the_model_does(run: Path, train_strea
 
 def test_every_field_of_a_stream_is_documented(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "text.txt").write_bytes("\n".join(make_text(50)).encode() + b"\nbad \xff\n\n")
-    corpus = CorpusConfig(train=str(tmp_path / "text.txt"), on_bad_record="replace")
+    named = {"web": NamedSource(str(tmp_path / "text.txt"))}
+    corpus = CorpusConfig(train=named, on_bad_record="replace")
     built = Build(Config(corpus=corpus, stream=StreamConfig(directory=str(tmp_path / "built"))), tokenizer)
     assert built.run(lambda size: None)["train"].mended == 1
     np.array([5, 9, 1, 7], "<u2").tofile(tmp_path / "raw.bin")
@@ -110,6 +112,7 @@ def test_every_field_of_a_stream_is_documented(tmp_path: Path, tokenizer: Tokeni
     dtype = json.loads(manifests[1].read_text())["dtype"]
     assert np.memmap(tmp_path / "adopted/train/shard-00000.bin", dtype, "r").tolist() == [5, 9, 1, 7]
 
+    assert documented("sources.jsonl") == fields_of(tmp_path / "built/train/sources.jsonl")
     rejected = tmp_path / "built/train/rejected.jsonl"
     assert documented("rejected.jsonl") == fields_of(rejected)
     assert f"`{json.loads(rejected.read_text())['reason']}`" in TEXT

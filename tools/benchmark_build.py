@@ -40,6 +40,7 @@ from rnnlm.data.jobs import jobs
 from rnnlm.data.sources import sources
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.tokenizer import Tokenizer
+from rnnlm.machine import cores
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # tiktoken's own for its gpt2
 Measured = dict[tuple[str, int], list[dict[str, Any]]]  # of each row, what it found in each round
@@ -238,7 +239,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.cores = len(os.sched_getaffinity(0))
+    options.cores = cores()
     return options
 
 

@@ -3,25 +3,32 @@
     python tools/build_stream.py --corpus.train=my.txt --stream.directory=streams/my
     python tools/build_stream.py --config configs/imdb.yaml --corpus.train=train.jsonl --corpus.document=jsonl
     python tools/build_stream.py --corpus.train=train.txt --corpus.valid=valid.txt --corpus.test=test.txt ...
-    python tools/build_stream.py --config configs/mine.yaml --build.task=3/16    # one of 16 tasks; without: the rest
+    python tools/build_stream.py --config configs/mine.yaml --build.task=3/16    # one of about 16 that share the work
+    python tools/build_stream.py --config configs/mine.yaml --status             # how far all of them are
 
 Needs the tokenizer that tools/train_tokenizer.py wrote. Streams appear under their names only when they are whole;
-until then stream.directory/build.partial holds what is done, and the same command continues from there. When all
-streams are there, it prints what they are.
+until then stream.directory/build holds what is done, and the same command continues from there. The same command on
+any number of machines that see the directory shares the work; build.task only says where each begins, so that they
+seldom meet. Any of them may start late, or die. When all streams are there, each prints what they are.
 """
 
-import itertools
 import sys
+from pathlib import Path
 
 try:
     from rnnlm.cli import read_config, run_entry_point
+    from rnnlm.errors import UserError
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error}; type this first: . .venv/bin/activate (make quickstart makes it)") from None
 
 
 def main() -> None:
     """Read the configuration, build, print what was built."""
-    config = read_config(("corpus", "tokenizer", "stream", "build"), __doc__)
+    arguments = [argument for argument in sys.argv[1:] if argument != "--status"]
+    config = read_config(("corpus", "tokenizer", "stream", "build"), __doc__, arguments)
+    if len(arguments) < len(sys.argv) - 1:
+        print_status(config.stream.directory)
+        return
     from rnnlm.data.build.build import Build, progress_bar
     from rnnlm.data.encoder import prepare
     from rnnlm.data.tokenizer_choice import load_tokenizer
@@ -31,13 +38,9 @@ def main() -> None:
         print("already built:")
     else:
         print(prepare(build.tokenizer), flush=True)
-    with progress_bar(itertools.chain(*build.inputs.values()), "building") as progress:
+    with progress_bar(build.inputs.all(), "building") as progress:
         manifests = build.run(progress)
 
-    if not manifests:
-        print(
-            f"task {config.build.task} is done; when all are, the same command without build.task commits the streams"
-        )
     for split, manifest in manifests.items():
         counts = ", ".join(f"{count:,} {reason}" for reason, count in manifest.records.items())
         print(
@@ -51,6 +54,20 @@ def main() -> None:
         elif manifest.unknown_tokens:
             way_out = "tools/train_tokenizer.py makes one that knows every text"
             print(f"warning: {unknown}, their text is lost; {way_out}", file=sys.stderr)
+
+
+def print_status(directory: str) -> None:
+    """Print how far the builds in a directory are, for --status.
+
+    Raises:
+        UserError: no directory is given, or there is none.
+    """
+    from rnnlm.data.build.status import report
+
+    if not directory or not Path(directory).is_dir():
+        raise UserError(f"stream.directory={directory}: no such directory; give that of the streams that are built")
+    for line in report(Path(directory)):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
     python tools/inspect_stream.py streams/my/train
     python tools/inspect_stream.py streams/my/train streams/my/valid --pieces 50
+    python tools/inspect_stream.py streams/my/train --document 12345    # its text, its tokens, and where it is from
 
-Reads every token once, in blocks. Whether they are the right ones is what tools/verify_stream.py tells.
+The report reads every token once, in blocks. Whether they are the right ones is what tools/verify_stream.py tells.
+Documents are counted from 0, as the rows of documents.npy.
 """
 
 import argparse
+import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
 
 BLOCK = 2**20  # tokens or documents in memory at once
 BAR = 40  # characters of the longest one
+SHOWN_TOKENS = 10_000  # of a document
+TOKENS_PER_LINE = 8
 Counts = npt.NDArray[np.int64]
 
 
@@ -103,16 +109,61 @@ def report(stream: "TokenStream", pieces: int) -> Iterator[str]:
         yield from histogram(lengths, often)
 
 
+def show_document(stream: "TokenStream", number: int) -> Iterator[str]:
+    """The lines about one document: its text, its tokens with their pieces, and where it is from.
+
+    Raises:
+        UserError: there is no such document; or, behind the text, the stream does not know where it is from.
+    """
+    count = stream.manifest.documents
+    if not 0 <= number < count:
+        raise UserError(f"--document={number}: {stream.directory} has {count:,} documents, 0 to {count - 1}")
+    before = stream.documents[number - 1] if number else np.zeros(3, np.int64)  # tokens, bytes, words
+    size, text_bytes, words = (stream.documents[number] - before).tolist()
+    tokens = stream.windows(before[:1], min(size, SHOWN_TOKENS))[0].tolist()
+
+    yield f"{stream.directory}: document {number:,} of {count:,}, tokens {before[0]:,} to {before[0] + size - 1:,}"
+    if size > SHOWN_TOKENS:
+        yield f"  of its {size:,} tokens the first {SHOWN_TOKENS:,} are shown"
+    if stream.manifest.tokenizer:
+        tokenizer = stream.tokenizer()
+        yield f"text, {text_bytes:,} bytes and {words:,} words, as its tokens have it:"
+        yield tokenizer.decode([token for token in tokens if token != stream.manifest.eos_id])
+        shown = [f"{token} {tokenizer.piece(token)!r}" for token in tokens]
+    else:
+        shown = [str(token) for token in tokens]
+    yield f"{size:,} tokens:"
+    for first in range(0, len(shown), TOKENS_PER_LINE):
+        yield "  " + "  ".join(shown[first : first + TOKENS_PER_LINE])
+    yield origin_of(stream, number)
+
+
+def origin_of(stream: "TokenStream", number: int) -> str:
+    """The line about where a document is from."""
+    from rnnlm.data.filetypes import is_table
+
+    line, at = stream.origins[number].tolist()
+    with (stream.directory / "sources.jsonl").open(encoding="utf-8") as file:
+        source = json.loads(next(islice(file, line, None)))
+    named = f", source {source['source']}" if source["source"] else ""
+    kind = "row" if is_table(source["file"]) else "byte"
+    return f"from corpus.{source['split']}{named}: {source['file']}, {kind} {at:,}"
+
+
 def main() -> None:
-    """Print the report on each stream in turn."""
+    """Print the report on each stream in turn, or one of its documents."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("streams", type=Path, nargs="+", help="directories of streams")
     parser.add_argument("--pieces", type=int, default=20, metavar="N", help="show this many of the most frequent")
+    parser.add_argument("--document", type=int, metavar="N", help="show this document instead")
     options = parser.parse_args()
     from rnnlm.data.stream import TokenStream
 
     for directory in options.streams:
-        for line in report(TokenStream(directory), options.pieces):
+        stream = TokenStream(directory)
+        for line in (
+            report(stream, options.pieces) if options.document is None else show_document(stream, options.document)
+        ):
             print(line)
 
 

@@ -76,15 +76,17 @@ def read(job: Job, corpus: CorpusConfig) -> Iterator[tuple[int, Iterator[Item]]]
     Raises:
         UserError: a bad record or a damaged file, naming file and byte, unless corpus.on_bad_record is `skip`.
     """
+    if job.whole:
+        parsers = (_Parser(source, corpus_of(source, corpus)) for source in job.sources)
+        yield 0, chain.from_iterable(each.documents(blocks(read_chunks(each.source), each.corpus)) for each in parsers)
+        return
+
     source = job.sources[0]
     corpus = corpus_of(source, corpus)
     if is_table(source.path):
         parser = _Parser(source, corpus)
         for unit, first_row, values in table_units(source, corpus.field, corpus.unit_bytes):
             yield unit, parser.rows(values, first_row)
-    elif corpus.document == "file":
-        whole = (_Parser(each, corpus).documents(blocks(read_chunks(each), corpus)) for each in job.sources)
-        yield 0, chain.from_iterable(whole)
     elif job.stride:
         yield from _streamed_units(_Parser(source, corpus))
     else:

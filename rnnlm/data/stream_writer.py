@@ -21,6 +21,8 @@ from rnnlm.data.stream import Tokens, TokenStream
 from rnnlm.data.stream_format import HEADER_BYTES, Manifest, StreamError, npy_header
 from rnnlm.data.tokenizer import Tokenizer, token_dtype
 
+REPLACED = ".replaced"  # the suffix of a stream in whose place another one comes; no reader takes it
+
 
 def write_array(
     path: Path, blocks: Iterable[npt.NDArray[Any]], dtype: str, columns: tuple[int, ...] = ()
@@ -31,19 +33,22 @@ def write_array(
         All rows, and the sha256 of the bytes behind the header.
     """
     partial, rows, sha256 = files.temporary_path(path), 0, hashlib.sha256()
-    with partial.open("wb") as file:
-        file.write(bytes(HEADER_BYTES))  # until the length is known
-        for block in blocks:
-            data = np.ascontiguousarray(block, dtype=dtype).reshape(-1).view(np.uint8).data
-            file.write(data)  # not through a memmap: a full disk is then an error, not a SIGBUS
-            sha256.update(data)
-            rows += len(block)
+    try:
+        with partial.open("wb") as file:
+            file.write(bytes(HEADER_BYTES))  # until the length is known
+            for block in blocks:
+                data = np.ascontiguousarray(block, dtype=dtype).reshape(-1).view(np.uint8).data
+                file.write(data)  # not through a memmap: a full disk is then an error, not a SIGBUS
+                sha256.update(data)
+                rows += len(block)
 
-        file.seek(0)
-        file.write(npy_header(dtype, (rows, *columns)))
-        file.flush()
-        os.fsync(file.fileno())
-    files.rename(partial, path)
+            file.seek(0)
+            file.write(npy_header(dtype, (rows, *columns)))
+            file.flush()
+            os.fsync(file.fileno())
+        files.rename(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return rows, sha256.hexdigest()
 
 
@@ -69,17 +74,39 @@ def write_shard(path: Path, blocks: Iterable[Tokens], tokenizer: Tokenizer) -> d
 
 
 def commit(partial: Path, directory: Path, manifest: Manifest) -> Manifest:
-    """Write the manifest beside the files that it names, then rename the directory: from then on there is a stream.
+    """Finish a stream, and give it its name: from then on there is one.
 
     Raises:
         StreamError: a file is not there, or has another size than the manifest says.
     """
-    for leftover in partial.glob(".*"):  # of a worker that was killed
-        leftover.unlink()
+    finish(partial, manifest)
+    place(partial, directory)
+    return Manifest.read(directory)  # its digest with it
 
-    files.write(partial / "stream.json", Path.write_bytes, manifest.to_json().encode())
+
+def finish(partial: Path, manifest: Manifest) -> None:
+    """Write the manifest beside the files that it names, all of which are on disk then.
+
+    Raises:
+        StreamError: a file is not there, or has another size than the manifest says.
+    """
+    for leftover in partial.glob(".*"):  # of workers that were killed; no file is wanted that is not there
+        leftover.unlink()
+    files.write_file(partial / "stream.json", manifest.to_json().encode())
     TokenStream(partial)  # checks all sizes
     files.sync(partial)
+
+
+def place(partial: Path, directory: Path) -> None:
+    """Give a finished stream its name; the one that has it is deleted behind that.
+
+    A crash in between leaves the old one, or neither of the two under the name: the next call goes on from there.
+    """
+    replaced = directory.with_name(directory.name + REPLACED)
+    if directory.exists():
+        files.remove_tree(replaced)
+        files.rename(directory, replaced)
+        files.sync(directory.parent)
     files.rename(partial, directory)
     files.sync(directory.parent)
-    return Manifest.read(directory)  # its digest with it
+    files.remove_tree(replaced)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from rnnlm.config import Config
 from rnnlm.errors import RunError, UserError
+from rnnlm.machine import cores
 
 __all__ = [
     "Accelerator",
@@ -164,10 +165,9 @@ def set_arithmetic(config: Config, cuda: bool) -> None:
         torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.train.tf32
     else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         shares = config.train.exact_slices or local  # how a product is cut over threads shows in its bits
-        torch.set_num_threads(config.train.cpu_threads or max(1, cores // shares))
+        torch.set_num_threads(config.train.cpu_threads or max(1, cores() // shares))
 
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # cuBLAS and cuDNN's recurrent layers ask for it

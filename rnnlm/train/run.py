@@ -90,7 +90,7 @@ def open_run(config: Config, accelerator: Accelerator, streams: Streams) -> Iter
 
         def hold() -> _Start:
             check_place(directory)
-            lock = locked(directory, directory / "holder", "run", patience_seconds=LOCK_PATIENCE_SECONDS)
+            lock = locked(directory / "lock", "run", patience_seconds=LOCK_PATIENCE_SECONDS)
             stack.enter_context(lock)
             return _examine(config, streams)
 

@@ -1,55 +1,64 @@
-"""Unit files -> streams, by tasks for any workers: deduplicate, shuffle, cut into shards, commit.
+"""Unit files -> streams, by tasks for any workers: deduplicate, take shares, shuffle, cut into shards, commit.
 
-    unit files --(spill, find, drop)--(spill, gather)--> shards, documents.npy --> stream.json, rename
+    unit files --(spill, find, drop)--(count)--(spill, gather)--> shards, documents.npy, origins.npy --> names
 
 Every task is known by one file, which it writes under a temporary name and renames: what has its name is not made
-again. The price: a task of two files (a shard and its entry in the manifest) is repeated if it died between them.
+again, and any number of processes share the tasks of each pass, and wait for its last one before the next. The commit
+of a stream is the task of one of them. The price: a task of two files (a shard and its entry in the manifest) is
+repeated if it died between them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import numpy as np
 
 from rnnlm import files
 from rnnlm.config import Config
-from rnnlm.data.build.executor import WorkerPool
+from rnnlm.data.build.encode import UnitOfFiles
 from rnnlm.data.build.external_sort import (
-    Span,
+    SPANS_OF_DOCUMENTS,
+    SPANS_OF_HASHES,
     cut_spans,
     drop_repeats,
     find_repeats,
     gather_shuffled,
+    span_size,
     spill_hashes,
     spill_path,
     spill_shuffled,
 )
-from rnnlm.data.build.units import (
-    TO_VALID,
-    Array,
-    Selection,
-    UnitFile,
-    rejected_path,
-    sizes_of,
-    tokens_of,
-    write_json,
+from rnnlm.data.build.inputs import Inputs
+from rnnlm.data.build.selections import (
+    ALL,
+    CountedUnit,
+    StreamChoice,
+    UnitChoice,
+    choose,
+    count_units,
+    read_counts,
+    valid_level,
 )
-from rnnlm.data.jobs import Job
+from rnnlm.data.build.shared_tasks import LOCKS, PAUSE_SECONDS, FileTask, Listing, SharedPool, taken
+from rnnlm.data.build.stream_tasks import entry_path, join_parts, make_part, make_shard
+from rnnlm.data.build.unit_file import LEVELS, DamagedUnitError, Selection, UnitFile
 from rnnlm.data.stream_format import Manifest
-from rnnlm.data.stream_writer import commit, write_array, write_shard
+from rnnlm.data.stream_writer import finish, place
 from rnnlm.data.tokenizer import Tokenizer, token_dtype
 from rnnlm.errors import UserError
 
-SPAN_HASHES = 2**19  # of documents sorted at once
-SPAN_TOKENS = 2**24  # of documents shuffled at once, about, and of a unit of shuffled ones, or
-SPAN_DOCUMENTS = 2**18
+AnyItem = TypeVar("AnyItem")
+SPAN_HASHES, MOST_HASHES = 2**19, 2**24  # of documents sorted at once: at least, and at most
+SPAN_TOKENS, MOST_TOKENS = 2**24, 2**30  # of documents shuffled at once, about, and of a unit of shuffled ones, or
+SPAN_DOCUMENTS, MOST_DOCUMENTS = 2**18, 2**23
+PART_DOCUMENTS = 2**20  # whose rows are counted, or whose places are written, by one task, about
 
 
 @dataclass(frozen=True)
@@ -60,14 +69,6 @@ class BuildContext:
     work: Path  # the directory of the build's own files
     digest: str  # of the tokenizer
 
-    def unit_path(self, job: Job, number: int) -> Path:
-        """The unit file of a unit that a job reads."""
-        return self.work / "units" / f"{job.split}-{job.file:06d}-{number:06d}.unit"
-
-    def listing_path(self, job: Job) -> Path:
-        """Which units a file has that can only be read from its start."""
-        return self.work / "units" / f"{job.split}-{job.file:06d}.json"
-
     def holds_out(self, split: str) -> bool:
         """Whether some of this split's documents go to the valid stream."""
         return split == "train" and not self.config.corpus.valid and self.config.stream.valid_fraction > 0
@@ -77,29 +78,6 @@ class BuildContext:
         return Path(self.config.stream.directory) / split
 
 
-class FileTask(NamedTuple):
-    """A call that writes one file."""
-
-    path: Path
-    function: Callable[..., None]
-    arguments: tuple[Any, ...]
-
-
-def run_file_task(context: BuildContext, task: FileTask) -> None:
-    """Write the file of a task."""
-    task.function(*task.arguments)
-
-
-def make_shard(work: Path, path: Path, selections: Sequence[Selection], first: int, last: int) -> None:
-    """Write one shard, then beside its directory what the manifest says of it."""
-    tokenizer = Tokenizer.load(work)
-    write_json(_entry_path(path), write_shard(path, tokens_of(selections, first, last), tokenizer))
-
-
-def _entry_path(shard: Path) -> Path:
-    return shard.parent.with_name(f"{shard.parent.name}-{shard.stem}.json")
-
-
 @dataclass(frozen=True)
 class Assembler:
     """Makes streams of unit files, when all of these are there."""
@@ -107,105 +85,226 @@ class Assembler:
     context: BuildContext
     tokenizer: Tokenizer
     source: dict[str, Any]  # for the manifests
-    units: dict[str, list[Path]]  # by split, in the order of the corpus
-    pool: WorkerPool
+    inputs: Inputs
+    units: dict[str, list[UnitOfFiles]]  # by split, in the order of the corpus
+    shared: SharedPool
 
-    def run(self, targets: Sequence[str]) -> dict[str, Manifest]:
-        """Write and commit these streams.
+    def run(self, targets: Sequence[str], check: Callable[[], None]) -> None:
+        """Write these streams, and give them their names when all are whole, together with any others who do.
+
+        Args:
+            check: called before they get their names; raises if they may not.
 
         Raises:
             UserError: a stream without text, a task that kills its workers.
+            DamagedUnitError: a unit file is not what was written.
         """
-        selections, records = self._select()
-        kept = {target: _sum_totals(selections[target])[0] for target in selections}
-        for target in selections:
-            if not kept[target]:
-                raise UserError(_why_empty(target, kept, records[target]["read"], self.context))
+        chosen, source = self._choose()
+        kept = {target: choice.records["kept"] for target, choice in chosen.items()}
+        for target, choice in chosen.items():
+            if not any(selection.totals[1] for selection in choice.selections):
+                raise UserError(_why_empty(target, kept, choice.records["read"], self.context))
 
         order = sorted(targets, key=lambda split: (split == "train", split))  # what training opens first comes last
-        if self.context.config.corpus.shuffle_seed >= 0:
+        for target in order:
+            self._write_stream(target, chosen[target], source)
+
+        def place_all() -> None:
+            check()
             for target in order:
-                selections[target] = self._shuffle(target, selections[target])
-        return {target: self._write_stream(target, selections[target], records[target]) for target in order}
+                if not self._is_at(self.context.stream_path(target), source):
+                    place(self.context.work / target, self.context.stream_path(target))
 
-    def _run_tasks(self, tasks: Iterable[FileTask]) -> None:
-        """Write the files that are not there."""
-        failed = self.pool.run(run_file_task, self.context, [task for task in tasks if not task.path.exists()])
-        if failed:
-            raise UserError(
-                f"{failed[0].path}: its worker was killed twice, out of memory perhaps; use fewer build.workers"
+        self._share("place", place_all, lambda: all(self._is_at(self.context.stream_path(t), source) for t in order))
+
+    def _share(self, name: str, function: Callable[[], None], is_done: Callable[[], bool]) -> None:
+        """Have something done by one process that does not go through the pool; return when it is."""
+        pause = 0.0
+        while not is_done():
+            time.sleep(pause)  # the first time nobody else may be at it
+            pause = min(2 * pause + 0.01, PAUSE_SECONDS)
+            with taken(self.context.work / LOCKS, self.context.work / name, is_done) as is_mine:
+                if is_mine:
+                    function()
+
+    def _choose(self) -> tuple[dict[str, StreamChoice], dict[str, Any]]:
+        """By stream what goes into it; and what the manifests say all of it is made from."""
+        chosen, source = dict[str, StreamChoice](), dict(self.source)
+        for split, units in self.units.items():
+            opened = [UnitFile(unit.path) for unit in units]
+            counted = self._count(split, opened)
+            if not self.context.holds_out(split):
+                chosen[split] = choose(opened, counted, ALL)
+                continue
+
+            level = source["valid_level"] = valid_level(counted, self.context.config.stream.valid_max_tokens)
+            chosen[split] = choose(opened, counted, range(level))
+            chosen["valid"] = choose(opened, counted, range(level, LEVELS))
+        return chosen, source
+
+    def _count(self, split: str, opened: Sequence[UnitFile]) -> list[CountedUnit]:
+        """All units of a split, with the totals of what may be taken of each."""
+        corpus, groups = self.context.config.corpus, self.inputs.groups()
+        sizes = [unit.footer["rows"] for unit in opened]
+        numbers = [0, *np.cumsum(sizes).tolist()]
+        size = span_size(numbers[-1], SPANS_OF_HASHES, SPAN_HASHES, MOST_HASHES)
+        dropped = self._deduplicate(split, [unit.path for unit in opened], sizes, size) if corpus.deduplicate else []
+
+        shares = corpus.shares if split == "train" else {}
+        choices = []
+        for (path, first_file), begin, end in zip(self.units[split], numbers, numbers[1:], strict=False):
+            of_unit = tuple(dropped[begin // size : -(-end // size)])
+            source = groups[first_file]
+            choices.append(UnitChoice(path, begin, first_file, source, shares.get(source, 1.0), of_unit))
+
+        counts = list[Path]()
+        if dropped or any(choice.part for choice in choices):
+            parts = _cut_into_parts(choices, sizes)
+            counts = [spill_path(self.context.work / split, "counts", index) for index in range(len(parts))]
+            self.shared.write(
+                f"{split} count",
+                [FileTask(path, count_units, (path, part)) for path, part in zip(counts, parts, strict=True)],
             )
+        return read_counts(opened, choices, counts)
 
-    def _select(self) -> tuple[dict[str, list[Selection]], dict[str, dict[str, int]]]:
-        """By stream: what is selected of each unit, and the counts of its records."""
-        selections, records = {}, {}
-        for split, paths in self.units.items():
-            footers = [UnitFile(path).footer for path in paths]
-            found = self._select_units(split, paths, footers)
-            for to_valid, target in enumerate((split, "valid") if self.context.holds_out(split) else (split,)):
-                selections[target] = [selection for selection in found if selection.to_valid == to_valid]
-                records[target] = _count_records(footers, selections[target], to_valid)
-        return selections, records
-
-    def _select_units(self, split: str, paths: Sequence[Path], footers: Sequence[dict[str, Any]]) -> list[Selection]:
-        """What each unit gives to each side of the split."""
-        dropped = list[Path]()
-        if self.context.config.corpus.deduplicate:
-            dropped = self._deduplicate(split, cut_spans(paths, [footer["rows"] for footer in footers], SPAN_HASHES))
-
-        selections, number = [], 0
-        for path, footer in zip(paths, footers, strict=True):
-            last = number + footer["rows"]
-            of_unit = tuple(dropped[number // SPAN_HASHES : -(-last // SPAN_HASHES)])
-            lost = _dropped_totals(path, number, of_unit)
-            for to_valid in (0, 1):
-                documents, tokens, text_bytes, words = (np.array(footer["totals"][to_valid]) - lost[to_valid]).tolist()
-                selections.append(Selection(path, to_valid, (documents, tokens, text_bytes, words), number, of_unit))
-            number = last
-        return selections
-
-    def _deduplicate(self, split: str, spans: Sequence[Span]) -> list[Path]:
-        """By span: the file of the numbers of its documents that are dropped."""
-        stem, count = self.context.work / split, len(spans)
-        dropped = [spill_path(stem, "dropped", span.index) for span in spans]
+    def _deduplicate(self, split: str, paths: Sequence[Path], sizes: Sequence[int], size: int) -> list[Path]:
+        """By span of so many documents: the file of the numbers of those that are dropped."""
+        stem, spans = self.context.work / split, cut_spans(paths, sizes, size)
+        count, dropped = len(spans), [spill_path(stem, "dropped", span.index) for span in spans]
 
         # three passes, each over all files of the one before; after the last one these are removed, so look there first
         if not all(path.exists() for path in dropped):
-            self._run_tasks(FileTask(spill_path(stem, "hashes", s.index), spill_hashes, (stem, s)) for s in spans)
-            self._run_tasks(
-                FileTask(spill_path(stem, "repeats", s.index), find_repeats, (stem, count, s.index)) for s in spans
+            self.shared.write(
+                f"{split} sort hashes",
+                [FileTask(spill_path(stem, "hashes", s.index), spill_hashes, (stem, s)) for s in spans],
             )
-            self._run_tasks(FileTask(dropped[s.index], drop_repeats, (stem, count, s)) for s in spans)
+            self.shared.write(
+                f"{split} find repeats",
+                [FileTask(spill_path(stem, "repeats", s.index), find_repeats, (stem, count, s.index)) for s in spans],
+            )
+            self.shared.write(
+                f"{split} drop repeats", [FileTask(dropped[s.index], drop_repeats, (stem, count, s)) for s in spans]
+            )
         _remove_files(spill_path(stem, kind, s.index) for s in spans for kind in ("hashes", "again", "repeats"))
         return dropped
 
     def _shuffle(self, target: str, selections: Sequence[Selection]) -> list[Selection]:
         """The same documents in the order of a keyed permutation, in unit files of their own."""
         stem, seed = self.context.work / target, self.context.config.corpus.shuffle_seed
-        total, tokens, _, _ = _sum_totals(selections)
-        size = min(max(1, total * SPAN_TOKENS // tokens), SPAN_DOCUMENTS)
+        total, tokens = (sum(selection.totals[column] for selection in selections) for column in (0, 1))
+        smallest, largest = (
+            min(max(1, total * most // tokens), documents)
+            for most, documents in ((SPAN_TOKENS, SPAN_DOCUMENTS), (MOST_TOKENS, MOST_DOCUMENTS))
+        )
+        size = span_size(total, SPANS_OF_DOCUMENTS, smallest, largest)
         spans = cut_spans(selections, [selection.totals[0] for selection in selections], size)
         spills = [spill_path(stem, "places", span.index) for span in spans]
         shuffled = [spill_path(stem, "shuffled", span.index) for span in spans]
 
         if not all(path.exists() for path in shuffled):
-            self._run_tasks(
-                FileTask(path, spill_shuffled, (path, span, total, seed))
-                for path, span in zip(spills, spans, strict=True)
+            self.shared.write(
+                f"{target} sort by new places",
+                [FileTask(path, spill_shuffled, (path, s, total, seed)) for path, s in zip(spills, spans, strict=True)],
             )
-            self._run_tasks(
-                FileTask(path, gather_shuffled, (stem, len(spans), index * size, min((index + 1) * size, total), path))
-                for index, path in enumerate(shuffled)
+            edges = [min(index * size, total) for index in range(len(spans) + 1)]
+            self.shared.write(
+                f"{target} shuffle",
+                [
+                    FileTask(path, gather_shuffled, (stem, len(spans), begin, end, path))
+                    for path, begin, end in zip(shuffled, edges, edges[1:], strict=False)
+                ],
             )
         _remove_files(spills)
         return [_select_all(path) for path in shuffled]
 
-    def _write_stream(self, target: str, selections: Sequence[Selection], records: dict[str, int]) -> Manifest:
-        """Write all files of a stream, and commit it."""
+    def _write_stream(self, target: str, choice: StreamChoice, source: dict[str, Any]) -> None:
+        """Write all files of a stream, unless others have."""
+
+        def is_whole() -> bool:
+            paths = (self.context.work / target, self.context.stream_path(target))
+            return any(self._is_at(path, source) for path in paths)
+
+        if is_whole():
+            return
+        try:
+            selections = choice.selections
+            if self.context.config.corpus.shuffle_seed >= 0:
+                selections = self._shuffle(target, selections)
+            arrays = self._write_arrays(target, selections)
+            shards = self._write_shards(target, selections)
+            self._share(f"{target}-manifest", lambda: self._finish(target, choice, source, shards, arrays), is_whole)
+        except (FileNotFoundError, DamagedUnitError):
+            if not is_whole():  # else others have finished it unseen, and it has its name
+                raise
+
+    def _is_at(self, path: Path, source: dict[str, Any]) -> bool:
+        """Whether a stream that was made from this source lies there."""
+        return path in Listing() and path / "stream.json" in Listing() and Manifest.read(path).source == source
+
+    def _partial(self, target: str) -> Path:
+        """The directory in which a stream grows."""
         partial = self.context.work / target
         partial.mkdir(exist_ok=True)
-        documents, tokens, text_bytes, words = _sum_totals(selections)
-        shards = self._write_shards(partial, selections, tokens)
+        return partial
+
+    def _write_entries(
+        self, phase: str, paths: Sequence[Path], calls: Sequence[tuple[Callable[..., None], tuple[Any, ...]]]
+    ) -> list[dict[str, Any]]:
+        """What the manifest says of some files, which these calls write if they are not there."""
+        _remove_files(entry_path(path) for path in paths if not path.exists())  # of a stream that was removed
+        entries = [entry_path(path) for path in paths]
+        self.shared.write(phase, [FileTask(entry, *call) for entry, call in zip(entries, calls, strict=True)])
+        return [json.loads(entry.read_bytes()) for entry in entries]
+
+    def _write_shards(self, target: str, selections: Sequence[Selection]) -> list[dict[str, Any]]:
+        """What the manifest says of each shard, with its count of unknown tokens."""
+        partial, size = self._partial(target), self.context.config.stream.shard_tokens
+        sizes = [selection.totals[1] for selection in selections]
+        spans = cut_spans(selections, sizes, size)
+        shards = [partial / f"shard-{span.index:05d}.npy" for span in spans]
+
+        return self._write_entries(
+            f"{target} shards",
+            shards,
+            [
+                (make_shard, (self.context.work, s, p.unit_files, p.first, p.last))
+                for s, p in zip(shards, spans, strict=True)
+            ],
+        )
+
+    def _write_arrays(self, target: str, selections: Sequence[Selection]) -> dict[str, str]:
+        """The digests of documents.npy and origins.npy by their stems, these written in parts by tasks, and joined."""
+        stem, partial = self.context.work / target, self._partial(target)
+        parts = _cut_into_parts(selections, [selection.totals[0] for selection in selections])
+        before, tasks = np.zeros(3, np.int64), []
+        for index, part in enumerate(parts):
+            tasks.append(FileTask(spill_path(stem, "documents", index), make_part, (stem, index, part, before)))
+            before = before + np.sum([selection.totals[1:] for selection in part], axis=0)
+
+        columns = {"documents": 3, "origins": 2}
+        paths = [partial / f"{name}.npy" for name in columns]
+        if not all(entry_path(path).exists() and path.exists() for path in paths):
+            self.shared.write(f"{target} documents", tasks)
+        pieces = {name: [spill_path(stem, name, index) for index in range(len(parts))] for name in columns}
+        entries = self._write_entries(
+            f"{target} join documents",
+            paths,
+            [(join_parts, (partial / f"{name}.npy", pieces[name], columns[name])) for name in columns],
+        )
+        _remove_files(path for paths in pieces.values() for path in paths)
+        return {name: entry["sha256"] for name, entry in zip(columns, entries, strict=True)}
+
+    def _finish(
+        self,
+        target: str,
+        choice: StreamChoice,
+        source: dict[str, Any],
+        shards: list[dict[str, Any]],
+        arrays: dict[str, str],
+    ) -> None:
+        """Write what is left of a stream, its manifest last."""
+        partial = self._partial(target)
+        documents, tokens, text_bytes, words = np.sum([each.totals for each in choice.selections], axis=0).tolist()
         manifest = Manifest(
             dtype=token_dtype(self.tokenizer.vocab_size),
             vocab_size=self.tokenizer.vocab_size,
@@ -215,100 +314,62 @@ class Assembler:
             documents=documents,
             text_bytes=text_bytes,
             words=words,
-            unknown_tokens=sum(shard.pop("unknown") for shard in shards),
-            records={name: count for name, count in records.items() if name != "repaired"},
-            mended=records["repaired"],
-            source=self.source,
-            shards=shards,
-            documents_sha256=write_array(partial / "documents.npy", _running_totals(selections), "<i8", (3,))[1],
+            unknown_tokens=sum(shard["unknown"] for shard in shards),
+            records=choice.records,
+            repeated=choice.repeated,
+            mended=choice.mended,
+            source=source,
+            sources=choice.sources,
+            shards=[{key: value for key, value in shard.items() if key != "unknown"} for shard in shards],
+            documents_sha256=arrays["documents"],
+            origins_sha256=arrays["origins"],
             rejected_sha256=self._write_rejected(target, partial / "rejected.jsonl"),
         )
 
         files.write(partial / self.tokenizer.file_name, Path.write_bytes, self.tokenizer.model)
-        return commit(partial, self.context.stream_path(target), manifest)
-
-    def _write_shards(self, partial: Path, selections: Sequence[Selection], tokens: int) -> list[dict[str, Any]]:
-        """What the manifest says of each shard, with its count of unknown tokens."""
-        size = self.context.config.stream.shard_tokens
-        shards = [partial / f"shard-{index:05d}.npy" for index in range(-(-tokens // size))]
-        spans = cut_spans(selections, [selection.totals[1] for selection in selections], size)
-
-        _remove_files(_entry_path(shard) for shard in shards if not shard.exists())  # of a stream that was removed
-        self._run_tasks(
-            FileTask(_entry_path(shard), make_shard, (self.context.work, shard, span.unit_files, span.first, span.last))
-            for shard, span in zip(shards, spans, strict=True)
-        )
-        return [json.loads(_entry_path(shard).read_bytes()) for shard in shards]
+        files.write(partial / "sources.jsonl", _write_lines, self.inputs.lines())
+        finish(partial, manifest)
 
     def _write_rejected(self, target: str, path: Path) -> str:
         """Join the lists of the units that were read for this stream; the digest, or nothing if there are none."""
-        listed = [rejected_path(unit) for unit in self.units.get(target, []) if rejected_path(unit).exists()]
+        listed = [
+            (unit, first_file)
+            for path, first_file in self.units.get(target, [])
+            if (unit := UnitFile(path)).footer["rejected"]
+        ]
         if not listed:
             return ""
-        sha256 = hashlib.sha256()
+        sha256, names = hashlib.sha256(), [source.name for source in self.inputs.all()]
 
         def join(target: Path) -> None:
             with target.open("wb") as out:
-                for each in listed:
-                    with each.open("rb") as file:
-                        while block := file.read(2**20):
-                            sha256.update(block)
-                            out.write(block)
+                for unit, first_file in listed:
+                    for file, at, reason in unit.rejected():
+                        line = {"file": names[first_file + file], "at": at, "reason": reason}
+                        data = json.dumps(line).encode() + b"\n"
+                        sha256.update(data)
+                        out.write(data)
 
         files.write(path, join)
         return sha256.hexdigest()
 
 
-def _sum_totals(selections: Sequence[Selection]) -> tuple[int, int, int, int]:
-    """Documents, TOKENS, BYTES, WORDS of all."""
-    documents, tokens, text_bytes, words = (sum(each.totals[column] for each in selections) for column in range(4))
-    return documents, tokens, text_bytes, words
+def _cut_into_parts(items: Sequence[AnyItem], documents: Sequence[int]) -> list[list[AnyItem]]:
+    """Consecutive items together until they have PART_DOCUMENTS."""
+    parts, size = list[list[AnyItem]](), PART_DOCUMENTS
+    for item, count in zip(items, documents, strict=True):
+        if size >= PART_DOCUMENTS:
+            parts.append([])
+            size = 0
+        parts[-1].append(item)
+        size += count
+    return parts
 
 
 def _select_all(path: Path) -> Selection:
-    """All documents of a shuffled unit file, which has no totals in its footer."""
-    sums = np.zeros(4, np.int64)
-    for sizes in sizes_of(Selection(path, 0, (0, 0, 0, 0))):
-        sums += [len(sizes), *sizes.sum(0)]
-    documents, tokens, text_bytes, words = sums.tolist()
-    return Selection(path, 0, (documents, tokens, text_bytes, words))
-
-
-def _dropped_totals(path: Path, number: int, dropped: Sequence[Path]) -> Array:
-    """Totals of the documents that are dropped from a unit, whose first document has `number`.
-
-    Returns:
-        (2, 4) int64: not to valid and to valid; documents, TOKENS, BYTES, WORDS.
-    """
-    lost = np.zeros((2, 1 + TO_VALID), np.int64)
-    if dropped:
-        rows = UnitFile(path).rows
-        for numbers in (np.load(each, mmap_mode="r") for each in dropped):
-            gone = np.array(numbers[slice(*np.searchsorted(numbers, [number, number + len(rows)]))]) - number
-            for to_valid in (0, 1):
-                here = rows[gone]
-                here = here[here[:, TO_VALID] == to_valid, :TO_VALID]
-                lost[to_valid] += [len(here), *here.sum(0)]
-    return lost
-
-
-def _count_records(footers: Sequence[dict[str, Any]], selections: Sequence[Selection], to_valid: int) -> dict[str, int]:
-    """Counts of records for the manifest of one side of a split; `repaired` are among those kept."""
-    counted: Counter[str] = sum((Counter(footer["records"]) for footer in footers), Counter())
-    here, there = (sum(footer["totals"][side][0] for footer in footers) for side in (to_valid, 1 - to_valid))
-    kept = _sum_totals(selections)[0]
-
-    # what is no document was read for the split itself; the valid stream has read what is its own
-    rejected = {} if to_valid else {name: n for name, n in counted.items() if name not in ("read", "kept", "empty")}
-    records = {
-        "read": here if to_valid else counted["read"] - there,
-        "kept": kept,
-        "empty": 0 if to_valid else counted["empty"],
-        **({"duplicate": here - kept} if here > kept else {}),
-        **dict(sorted(rejected.items())),
-    }
-    assert records["read"] == sum(records.values()) - records["read"], records
-    return {**records, "repaired": sum(footer["repaired"][to_valid] for footer in footers)}
+    """All documents of a shuffled unit file."""
+    documents, tokens, text_bytes, words = UnitFile(path).totals.sum(0).tolist()
+    return Selection(path, ALL, (documents, tokens, text_bytes, words))
 
 
 def _why_empty(target: str, kept: dict[str, int], read: int, context: BuildContext) -> str:
@@ -328,14 +389,9 @@ def _why_empty(target: str, kept: dict[str, int], read: int, context: BuildConte
     )
 
 
-def _running_totals(selections: Iterable[Selection]) -> Iterator[Array]:
-    """(documents, 3) int64, TOKENS, BYTES, WORDS up to the end of each document; some at a time."""
-    before = np.zeros(3, np.int64)
-    for selection in selections:
-        for sizes in sizes_of(selection):
-            totals = before + np.cumsum(sizes, axis=0)
-            yield totals
-            before = totals[-1] if len(totals) else before
+def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
+    with path.open("wb") as file:
+        file.writelines(lines)
 
 
 def _remove_files(paths: Iterable[Path]) -> None:

@@ -1,26 +1,24 @@
 """Corpus -> token streams: encode units in any order on any workers, then commit them in corpus order.
 
-    files --jobs--> workers --> unit files --assemble--> streams
+    files --jobs--> workers --> unit files --assemble--> streams --rename--> train, valid, test
 
 A unit file, a shuffled unit and a shard are each a pure function of what comes before, written under a temporary name
 and renamed. So any number of workers, of kills and of repeats gives the same bytes, and the same command continues
 where the last one stopped: what has its name is not made again. The engine is any concurrent.futures.Executor; with
 build.task there is no engine at all, only processes that see the same directory. A document of corpus.train belongs to
-the valid stream when its keyed hash says so, wherever it stands; repeated documents stay on one side. The price: every
-token is written twice, once to a unit file.
+the valid stream when its keyed hash says so, wherever it stands; repeated documents stay on one side. Units stay when
+the streams are there, so that the next build encodes what is new. The price: every token lies on disk twice.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import re
-import shutil
-import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,41 +26,30 @@ from tqdm import tqdm
 
 from rnnlm import files
 from rnnlm.config import Config
-from rnnlm.data.build.assemble import SPAN_DOCUMENTS, SPAN_HASHES, SPAN_TOKENS, Assembler, BuildContext
+from rnnlm.data.build.assemble import Assembler, BuildContext
+from rnnlm.data.build.encode import (
+    EncodeContext,
+    EncodeTask,
+    UnitOfFiles,
+    check_unchanged,
+    read_entry,
+    run_encode_task,
+    write_rejected_unit,
+)
 from rnnlm.data.build.executor import WorkerPool, dask_pool, process_pool
-from rnnlm.data.build.units import write_json, write_unit
-from rnnlm.data.documents import Rejected, read
+from rnnlm.data.build.inputs import Inputs
+from rnnlm.data.build.kept import check_directory, say, tidy
+from rnnlm.data.build.shared_tasks import LOCKS, SharedPool, joined
+from rnnlm.data.build.unit_file import DamagedUnitError
 from rnnlm.data.encoder import Encoder
 from rnnlm.data.filetypes import document_of_all
 from rnnlm.data.jobs import Job, jobs
 from rnnlm.data.sources import Source, corpus_sources
-from rnnlm.data.stream_format import Manifest
+from rnnlm.data.stream_format import VERSION, Manifest
+from rnnlm.data.stream_writer import REPLACED
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
-from rnnlm.hashing import json_digest
-
-_local = threading.local()  # each thread of a worker has an encoder of its own
-
-
-def encode_job(context: BuildContext, job: Job) -> None:
-    """Encode the units of a job that are not there yet.
-
-    Raises:
-        UserError: a bad record, unless those are skipped.
-    """
-    if getattr(_local, "digest", "") != context.digest:
-        tokenizer = Tokenizer.load(context.work)
-        assert tokenizer.digest == context.digest
-        _local.encoder, _local.digest = Encoder(tokenizer), context.digest
-
-    passed = []
-    for number, items in read(job, context.config.corpus):
-        path = context.unit_path(job, number)
-        if job.owns(number) and not path.exists():
-            write_unit(path, items, context.holds_out(job.split), context.config, _local.encoder)
-        passed.append(number)
-    if job.stride:
-        write_json(context.listing_path(job), passed)
+from rnnlm.machine import cores
 
 
 class Build:
@@ -72,7 +59,7 @@ class Build:
         """Look at the inputs; nothing is written yet.
 
         Raises:
-            UserError: no stream.directory, no corpus, or inputs that cannot be read.
+            UserError: no stream.directory, or one of something else; no corpus, or inputs that cannot be read.
         """
         if not config.stream.directory:
             raise UserError("stream.directory is not set; give the directory for the streams")
@@ -80,44 +67,54 @@ class Build:
             raise UserError("corpus.train is not set; give text files, as in --corpus.train=my.txt")
 
         self.config, self.tokenizer = config, tokenizer
+        self.directory = Path(config.stream.directory)
+        check_directory(self.directory)
         self.task = parse_task(config.build.task)
-        self.inputs = corpus_sources(config.corpus)
-        self.context = BuildContext(config, self._work(config.corpus.on_bad_record), tokenizer.digest)
-        self.splits = [*self.inputs, *(["valid"] if self.context.holds_out("train") else [])]
+        self.inputs = Inputs(corpus_sources(config.corpus), self.directory / "build/inputs.jsonl")
 
-    def _work(self, on_bad_record: str) -> Path:
+        self.context = BuildContext(config, self._work(), tokenizer.digest)
+        hashes = config.corpus.deduplicate or any(share % 1 for share in config.corpus.shares.values())
+        splits = self.inputs.by_split
+        self.encoding = EncodeContext.of(config, splits, hashes, tokenizer.digest, self.context.work)
+        self.splits = [*splits, *(["valid"] if self.context.holds_out("train") else [])]
+
+    def _work(self) -> Path:
         """The directory of this build's own files: its name is a digest of all that they depend on."""
-        stamps = [[file.path, file.stamp] for inputs in self.inputs.values() for file in inputs]
-        other = {"on_bad_record": on_bad_record, "unit_bytes": self.config.corpus.unit_bytes, "stamps": stamps}
-        other["spans"] = [SPAN_HASHES, SPAN_TOKENS, SPAN_DOCUMENTS]  # spill files of other sizes are of no use
-        return Path(self.config.stream.directory) / "build.partial" / json_digest({**self.source(), **other})[:16]
+        sha256 = hashlib.sha256(json.dumps(self.options(), sort_keys=True).encode())
+        sha256.update(repr(self.config.corpus.unit_bytes).encode())
+        for source in self.inputs.all():
+            sha256.update(repr((source.group, source.path, source.size, source.stamp)).encode())
+        return self.directory / "build" / f"work-{sha256.hexdigest()[:16]}"
 
     def source(self) -> dict[str, Any]:
         """What the streams are made from; recorded in the manifest, so that a finished build is known again."""
-        corpus, stream = self.config.corpus, self.config.stream
-        paths = [file.path for inputs in self.inputs.values() for file in inputs]
+        return {"sources_sha256": self.inputs.digest(), **self.options()}
 
-        # what changes the units alone, as unit_bytes, is missing: it changes no stream
-        return {
-            "files": {split: [[file.name, file.size] for file in inputs] for split, inputs in self.inputs.items()},
-            "document": document_of_all(paths, corpus.document),
+    def options(self) -> dict[str, Any]:
+        """The options that a stream depends on; what changes the units alone, as unit_bytes, changes no stream."""
+        corpus, stream = self.config.corpus, self.config.stream
+        every = {
+            "document": document_of_all([source.path for source in self.inputs.all()], corpus.document),
             "field": corpus.field,
             "on_bad_record": corpus.on_bad_record,
             "max_document_bytes": corpus.max_document_bytes,
             "max_whole_bytes": corpus.max_whole_bytes,
             "deduplicate": corpus.deduplicate,
             "shuffle_seed": corpus.shuffle_seed,
-            "valid_fraction": stream.valid_fraction,
-            "split_seed": stream.split_seed,
-            "shard_tokens": stream.shard_tokens,
-            "tokenizer": self.tokenizer.digest,
         }
+
+        if isinstance(corpus.train, dict):
+            every["shares"] = corpus.shares
+        every |= {name: getattr(stream, name) for name in ("valid_fraction", "split_seed", "shard_tokens")}
+        if not corpus.valid:
+            every["valid_max_tokens"] = stream.valid_max_tokens
+        return {**every, "tokenizer": self.tokenizer.digest}
 
     def finished(self) -> dict[str, Manifest]:
         """The streams that are already there, made from the same source.
 
         Raises:
-            UserError: a stream is there that was made from something else.
+            UserError: a stream is there that was made from something else, and build.replace is not set.
         """
         found: dict[str, Manifest] = {}
         for split in ("train", "valid", "test"):
@@ -128,129 +125,178 @@ class Build:
                 raise UserError(f"{path}: is in the way and holds no stream; remove it")
 
             manifest = Manifest.read(path)
-            differing = [key for key, value in self.source().items() if manifest.source.get(key) != value]
-            if differing or split not in self.splits:
+            if split not in self.splits:
+                raise UserError(f"{path}: a stream is there with other splits; remove it, or {self._way_out()}")
+            if not (differing := self._differing(path, manifest)):
+                found[split] = manifest
+            elif not self.config.build.replace:
                 raise UserError(
-                    f"{path}: a stream is there with other {', '.join(differing) or 'splits'}; "
-                    "remove it, or choose another stream.directory"
+                    f"{path}: a stream is there with other {differing}; remove it, set build.replace=true, which keeps "
+                    f"it until the new one is there{self._count_new()}, or {self._way_out()}"
                 )
-            found[split] = manifest
         return found
+
+    def _way_out(self) -> str:
+        return "choose another stream.directory"
+
+    def _differing(self, path: Path, manifest: Manifest) -> str:
+        """What a stream was made from and this build is not, in words."""
+        found = dict(manifest.source)
+        if manifest.version < VERSION:
+            found["valid_max_tokens"] = self.config.stream.valid_max_tokens  # there was no such option
+        options = [key for key, value in self.options().items() if found.get(key) != value]
+        files_differ = self.inputs.differing(path, manifest)
+        return ", ".join([*options, *([files_differ] if files_differ else [])])
+
+    def _count_new(self) -> str:
+        """How much a rebuild would encode, in words; nothing if that is all."""
+        new = every = 0
+        for job in self._jobs(1):
+            first = self.encoding.listing_path(job) if job.stride else self.encoding.unit_path(job, job.unit)
+            every, new = every + 1, new + (not first.exists())
+        return f" and encodes {new:,} of {every:,} units" if new < every else ""
 
     def run(
         self, progress: Callable[[int], None], executor: Callable[[], Executor] | None = None
     ) -> dict[str, Manifest]:
-        """Do what is left of the build, or of one task; calls progress(bytes read from disk) on the way.
+        """Do what is left of the build, with all others who do; calls progress(bytes read from disk) on the way.
 
         Args:
             executor: makes the executor that encodes, again if it breaks; None: what the build section says.
 
         Returns:
-            The manifests of all streams; none after a task of an array.
+            The manifests of all streams.
 
         Raises:
-            UserError: nothing to train on, a bad record, a unit that kills its worker, a foreign stream in the way,
-                another build in the same directory.
+            UserError: nothing to train on, a bad record, a file that changes, a unit that kills its worker, a foreign
+                stream in the way, another build in the same directory.
         """
         done = self.finished()
-        if set(done) == set(self.splits):
-            shutil.rmtree(self.context.work.parent, ignore_errors=True)
+        if self.inputs.touched:
+            names = f"{self.inputs.touched[0]} and {len(self.inputs.touched) - 1:,} more"
+            say(f"{names} were touched since the streams were built, and hold what they held, as far as samples tell")
+        if set(done) == set(self.splits) and not self.context.work.exists() and self.config.build.keep_units:
             return done
 
-        task, tasks = self.task
-        workers = self.config.build.workers or len(os.sched_getaffinity(0))
-        own_jobs = list(self._jobs(tasks if tasks > 1 else workers))[task::tasks]
-        holder = self.context.work.parent / "builder"
-        with (
-            files.locked(Path(self.config.stream.directory), holder, "build", shared=tasks > 1),
-            self._make_pool(executor, workers, len(own_jobs)) as pool,
-        ):
-            self._prepare_work()
-            self._encode(own_jobs, pool, progress)
-            if tasks > 1:  # the streams are for the one command without build.task
-                return {}
-            units = {split: self._unit_paths(split) for split in self.inputs}
-            assembler = Assembler(self.context, self.tokenizer, self.source(), units, pool)
-            manifests = assembler.run(sorted(set(self.splits) - set(done)))
-            shutil.rmtree(self.context.work.parent)
-        return {**done, **manifests}
+        with joined(self.directory / "build/lock", self.context.work.name, str(self.directory)) as leave:
+            if targets := sorted(set(self.splits) - set(self.finished())):  # others may have finished in between
+                self._prepare()
+                self._make(targets, progress, executor)
+            if leave():  # the last one clears up
+                self._end()
+        return {split: Manifest.read(self.context.stream_path(split)) for split in self.splits}
 
-    def _make_pool(self, executor: Callable[[], Executor] | None, workers: int, job_count: int) -> WorkerPool:
+    def _make(
+        self, targets: Sequence[str], progress: Callable[[int], None], executor: Callable[[], Executor] | None
+    ) -> None:
+        """Encode what is not encoded, make these streams of it, and give them their names."""
+        workers = self.config.build.workers or cores()
+        tasks = [EncodeTask(job, self.encoding.entry_path(job)) for job in self._jobs(workers * self.task[1])]
+        damaged = Counter[Path]()
+        with self._make_pool(executor, min(workers, len(tasks))) as pool:
+            shared = SharedPool(pool, self.context.work, self.task)
+            while True:
+                try:
+                    self._encode(tasks, shared, progress)
+                    units = self._units(tasks)
+                    assembler = Assembler(self.context, self.tokenizer, self.source(), self.inputs, units, shared)
+                    return assembler.run(targets, lambda: check_unchanged(self.inputs.all()))
+                except DamagedUnitError as error:
+                    self._drop(error, damaged)
+
+    def _make_pool(self, executor: Callable[[], Executor] | None, workers: int) -> WorkerPool:
         if executor is not None:
             return WorkerPool(executor, workers)
         if self.config.build.dask:
             return dask_pool(self.config.build.dask)
-        return process_pool(min(workers, job_count))
+        return process_pool(workers)
 
     def _jobs(self, workers: int) -> Iterator[Job]:
-        return chain.from_iterable(
-            jobs(split, inputs, self.config.corpus, workers) for split, inputs in self.inputs.items()
-        )
+        for split, sources in self.inputs.by_split.items():
+            yield from jobs(split, sources, self.config.corpus, workers)
 
-    def _prepare_work(self) -> None:
-        """Continue in the work directory of the same build; another's is removed."""
-        work, shared = self.context.work, self.task[1] > 1
-        strict = self._work("fail")  # its units had no bad record: they serve under any policy
-        others = [path for path in work.parent.iterdir() if path.is_dir() and path not in (work, strict)]
-        if shared and others:
-            raise UserError(f"{work.parent}: tasks of another build are there; wait for them, or remove it")
+    def _prepare(self) -> None:
+        """Make the directories of the build, or continue in them; others' are named and left."""
+        work = self.context.work
+        others = [path for path in self.directory.glob("build/work-*") if path != work]
+        for path in (*others, *self.directory.glob("build.partial")):
+            say(f"{path}: of another build, or another version, that was not finished; remove it if nobody wants it")
 
-        if not work.exists() and strict.exists() and not shared:
-            strict.rename(work)
-        (work / "units").mkdir(parents=True, exist_ok=True)
+        directories = {self.encoding.directory(split) for split in self.inputs.by_split}
+        for path in (work / "jobs", work / LOCKS, *directories):
+            files.make_directory(path)
+            files.sync(path.parent)
+            files.clear_temporaries(path)
+        files.clear_temporaries(work)
         if not (work / self.tokenizer.file_name).exists():
             files.write_file(work / self.tokenizer.file_name, self.tokenizer.model)
 
-        if not shared:  # else other tasks may be writing what seems left over
-            for other in {*others, strict} - {work}:
-                shutil.rmtree(other, ignore_errors=True)
-            for leftover in chain(work.glob(".*"), work.glob("*/.*")):
-                leftover.unlink()
-
-    def _encode(self, own_jobs: Sequence[Job], pool: WorkerPool, progress: Callable[[int], None]) -> None:
-        """Encode what is not encoded yet."""
+    def _encode(self, tasks: Sequence[EncodeTask], shared: SharedPool, progress: Callable[[int], None]) -> None:
+        """Have all units encoded: the largest jobs first, further readers of a file when all have one."""
         corpus = self.config.corpus
-        left = []
-        for job in own_jobs:
-            if self._is_done(job):
-                progress(job.bytes(corpus))
-            else:
-                left.append(job)
-        failed = pool.run(encode_job, self.context, left, lambda job: progress(job.bytes(corpus)))
+        order = sorted(tasks, key=lambda task: (task.job.unit if task.job.stride else 0, -task.job.bytes(corpus)))
+        failed = shared.run(
+            "encode", order, run_encode_task, self.encoding, lambda task: progress(task.job.bytes(corpus))
+        )
         self._reject_units(failed)
 
-    def _is_done(self, job: Job) -> bool:
-        if not job.stride:
-            return self.context.unit_path(job, job.unit).exists()
-        if not self.context.listing_path(job).exists():
-            return False
-        numbers = json.loads(self.context.listing_path(job).read_bytes())
-        return all(self.context.unit_path(job, n).exists() for n in numbers if job.owns(n))
-
-    def _reject_units(self, failed: Sequence[Job]) -> None:
+    def _reject_units(self, failed: Sequence[EncodeTask]) -> None:
         """Units that killed two workers: an error, or with bad records skipped a rejected record each."""
-        left = [job for job in failed if job.stride or self.config.corpus.on_bad_record == "fail"]
+        left = [task.job for task in failed if task.job.stride or self.config.corpus.on_bad_record == "fail"]
         if left:
             raise UserError(
                 f"{'; '.join(f'{job} ({self._range(job)})' for job in left)}: killed its worker twice, out of memory "
                 "perhaps; all others are done. Use fewer build.workers, fix the file, or set corpus.on_bad_record=skip"
             )
-        for job in failed:
-            begin = job.unit * self.config.corpus.unit_bytes
-            rejected = [Rejected(source.name, begin, "its worker was killed") for source in job.sources]
-            write_unit(self.context.unit_path(job, job.unit), rejected, False, self.config, Encoder(self.tokenizer))
+        for task in failed:
+            write_rejected_unit(self.encoding, task, Encoder(self.tokenizer))
 
     def _range(self, job: Job) -> str:
+        if job.stride or len(job.sources) > 1:
+            return "any of its units" if job.stride else "any of its files"
         begin = job.unit * self.config.corpus.unit_bytes
-        return "any of its units" if job.stride else f"bytes {begin:,} to {begin + job.bytes(self.config.corpus):,}"
+        return f"bytes {begin:,} to {begin + job.bytes(self.config.corpus):,}"
 
-    def _unit_paths(self, split: str) -> list[Path]:
-        """All unit files of a split, in the order of the corpus."""
-        paths = []
-        for job in jobs(split, self.inputs[split], self.config.corpus, 1):
-            numbers = json.loads(self.context.listing_path(job).read_bytes()) if job.stride else [job.unit]
-            paths += [self.context.unit_path(job, number) for number in numbers]
-        return paths
+    def _units(self, tasks: Sequence[EncodeTask]) -> dict[str, list[UnitOfFiles]]:
+        """By split: all unit files, in the order of the corpus; what is in their files is learnt on the way."""
+        units: dict[str, list[UnitOfFiles]] = {split: [] for split in self.inputs.by_split}
+        first_lines = {split: self.inputs.first_line(split) for split in units}
+        for task in tasks:
+            job = task.job
+            if job.stride and job.unit:  # one of several readers, which have one entry
+                continue
+            if not (entry := read_entry(task.path)):
+                raise DamagedUnitError(task.path, "is not whole")
+            line = first_lines[job.split] + job.file
+            units[job.split] += [UnitOfFiles(self.encoding.unit_path(job, number), line) for number in entry.units]
+            self.inputs.learn(line, entry.contents)
+        return units
+
+    def _drop(self, error: DamagedUnitError, damaged: Counter[Path]) -> None:
+        """Have a unit made again that is not what was written.
+
+        Raises:
+            UserError: it was, a moment ago.
+        """
+        damaged[error.path] += 1
+        if damaged[error.path] > 2:
+            raise UserError(f"{error.path}: {error.reason}, although it was made again twice; look at the disk")
+        say(f"{error.path}: {error.reason}; it is made again")
+        error.path.unlink(missing_ok=True)
+        key = error.path.name.rpartition("-")[0]
+        for entry in self.context.work.glob(f"jobs/*-{key}*.json"):
+            entry.unlink(missing_ok=True)
+
+    def _end(self) -> None:
+        """Clear up behind a build whose streams are all there."""
+        for split in self.splits:
+            files.remove_tree(self.context.stream_path(split).with_name(split + REPLACED))
+        self.inputs.remember()
+        files.remove_tree(self.context.work)
+        names: dict[Path, set[str]] = {self.encoding.directory(split): set() for split in self.inputs.by_split}
+        for job in self._jobs(1):
+            names[self.encoding.directory(job.split)].add(job.key)
+        tidy(names, self.config.build.keep_units)
 
 
 def parse_task(text: str) -> tuple[int, int]:
@@ -259,9 +305,9 @@ def parse_task(text: str) -> tuple[int, int]:
     Raises:
         UserError: anything else.
     """
-    found = re.fullmatch(r"(\d+)/(\d+)", text or "0/1")
-    if not found or int(found[1]) >= int(found[2]):
-        raise UserError(f"build.task={text}: expected a task of an array, from 0/16 to 15/16 if there are 16")
+    found = re.fullmatch(r"(\d+)/([1-9]\d*)", text or "0/1")
+    if not found:
+        raise UserError(f"build.task={text}: expected a task and how many there are, as in 3/16")
     return int(found[1]), int(found[2])
 
 

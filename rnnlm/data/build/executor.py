@@ -1,8 +1,9 @@
 """Pools of workers: run tasks on any concurrent.futures.Executor, and survive the death of its workers.
 
-A task whose worker dies is tried again, alone, so that it cannot take others with it; the second time it has failed.
-Ctrl-C lets what has begun end; workers never outlive their parent. The price: a pool that lost one worker is recreated,
-which takes a second.
+Each worker process is an executor of its own with one task at a time, so that a death tells which task it was in: that
+one is tried again when all others are done, alone, with all memory there is; the second time it has failed. The others
+go on meanwhile. Ctrl-C ends a worker's task between two units; workers never outlive their parent. The price: a worker
+waits for its parent between two tasks, some tenths of a millisecond.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import suppress
+from multiprocessing.synchronize import Event
 from typing import Any
 
 from rnnlm.errors import UserError
@@ -37,21 +39,70 @@ class Inline(Executor):
         return future
 
 
-class WorkerPool:
-    """Runs tasks on an executor, which is recreated when one of its workers dies."""
+class _Slot:
+    """An executor with room for some tasks at once; made when it is first used, and again after it broke."""
 
-    def __init__(self, make: Callable[[], Executor], workers: int, close: Callable[[], None] = lambda: None):
-        self.make, self.workers, self.close = make, workers, close
-        self._executor: Executor | None = None
-        self._running: dict[Future[None], Any] = {}  # the task of each future
+    def __init__(self, make: Callable[[], Executor]):
+        self.make = make
+        self.executor: Executor | None = None
+        self.running: dict[Future[None], Any] = {}  # the task of each future
+
+    def submit(self, function: Callable[[Any, Any], None], context: Any, task: Any) -> bool:
+        """Begin a task; False: a worker of this executor has died, and the futures that are running will say so.
+
+        Raises:
+            BrokenExecutor: even a new one is broken.
+        """
+        is_new = self.executor is None
+        self.executor = self.executor or self.make()
+        try:
+            self.running[self.executor.submit(function, context, task)] = task
+        except BrokenExecutor:
+            self.shut_down()
+            if is_new:
+                raise
+            return not self.running and self.submit(function, context, task)
+        return True
+
+    def shut_down(self) -> None:
+        """End the executor: one that lost a worker is no use any more, its other workers end too."""
+        if self.executor is not None:
+            self.executor.shutdown()
+        self.executor = None
+
+
+class WorkerPool:
+    """Runs tasks on some executors, each of which is made again when one of its workers dies."""
+
+    def __init__(
+        self,
+        make: Callable[[], Executor],
+        workers: int,
+        executors: int = 1,
+        stop: Callable[[], None] = lambda: None,
+        close: Callable[[], None] = lambda: None,
+    ):
+        """Executors are made when there are tasks.
+
+        Args:
+            workers: tasks at once, on all executors together.
+            executors: how many to make; tasks that run in the same one are suspected together when it breaks.
+            stop: called at the end: tasks that are running see it by `stopping`.
+            close: called when all executors have ended.
+        """
+        self.workers, self.stop, self.close = workers, stop, close
+        self._slots = [_Slot(make) for _ in range(executors)]
 
     def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for future in self._running:  # what has not begun; what has is let finish
-            future.cancel()
-        self._shut_down()
+        self.stop()
+        for slot in self._slots:
+            for future in slot.running:  # what has not begun
+                future.cancel()
+        for slot in self._slots:
+            slot.shut_down()
         self.close()
 
     def run(
@@ -66,61 +117,57 @@ class WorkerPool:
         Raises:
             Whatever else a task raises, as soon as it does.
         """
-        waiting, retries, failed = deque(tasks), deque[Any](), list[Any]()
+        waiting, suspects, failed = deque(tasks), deque[Any](), list[Any]()
         failures: Counter[int] = Counter()  # by id of the task: tasks need not be hashable
 
-        while waiting or retries or self._running:
-            if retries:  # alone: when its worker dies, no other task is suspected
-                self._submit(function, context, retries, 1)
-            else:  # twice as many as workers, so that none waits for its next one
-                self._submit(function, context, waiting, 2 * self.workers)
+        while True:
+            self._submit(function, context, waiting, self.workers // len(self._slots))
+            running = [future for slot in self._slots for future in slot.running]
+            if not running and not waiting:
+                if not suspects:
+                    return failed
+                waiting.append(suspects.popleft())  # alone: when its worker dies again, it was this one
 
-            for future in wait(self._running, return_when=FIRST_COMPLETED).done:
-                task = self._running.pop(future)
-                if self._is_done(future):
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                slot = next(each for each in self._slots if future in each.running)
+                task = slot.running.pop(future)
+                if _is_done(future, slot):
                     on_done(task)
                     continue
                 failures[id(task)] += 1
-                (retries if failures[id(task)] < 2 else failed).append(task)
-
-        return failed
+                (suspects if failures[id(task)] < 2 else failed).append(task)
 
     def _submit(self, function: Callable[[Any, Any], None], context: Any, tasks: deque[Any], limit: int) -> None:
-        """Hand on tasks until so many are running."""
-        while tasks and len(self._running) < limit:
-            is_new = self._executor is None
-            self._executor = self._executor or self.make()
-            try:
-                future = self._executor.submit(function, context, tasks[0])
-            except BrokenExecutor:  # found out only now; the futures that are running will raise it too
-                self._shut_down()
-                if is_new:
-                    raise  # a new one is broken at once: so would the next be
-                if self._running:
-                    return
-                continue
-            self._running[future] = tasks.popleft()
-
-    def _is_done(self, future: Future[None]) -> bool:
-        """Whether the task of a future that ended is done; not when its worker died or had too little memory."""
-        error = future.exception()
-        if error is None:
-            return True
-        if isinstance(error, BrokenExecutor):
-            self._shut_down()
-        elif not isinstance(error, MemoryError) and type(error).__name__ != "KilledWorker":  # Dask's BrokenExecutor
-            raise error
-        return False
-
-    def _shut_down(self) -> None:
-        """End the executor: one that lost a worker is no use any more, its other workers end too."""
-        if self._executor is not None:
-            self._executor.shutdown()
-        self._executor = None
+        """Hand on tasks until every executor has as many as its limit."""
+        for slot in self._slots:
+            while tasks and len(slot.running) < limit and slot.submit(function, context, tasks[0]):
+                tasks.popleft()
 
 
-def _start_worker() -> None:
+def _is_done(future: Future[None], slot: _Slot) -> bool:
+    """Whether the task of a future that ended is done; not when its worker died or had too little memory."""
+    error = future.exception()
+    if error is None:
+        return True
+    if isinstance(error, BrokenExecutor):
+        slot.shut_down()
+    elif not isinstance(error, MemoryError) and type(error).__name__ != "KilledWorker":  # Dask's BrokenExecutor
+        raise error
+    return False
+
+
+_stop: Event | None = None  # in a worker process: whether its parent wants it to end
+
+
+def stopping() -> bool:
+    """Whether a task that has reached the end of a unit is to return there: nobody waits for the rest."""
+    return _stop is not None and _stop.is_set()
+
+
+def _start_worker(stop: Event) -> None:
     """A worker leaves Ctrl-C to its parent, which lets it finish its unit, and does not outlive it."""
+    global _stop
+    _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return_memory()
     parent = multiprocessing.parent_process()
@@ -146,7 +193,10 @@ def process_pool(workers: int) -> WorkerPool:
     if workers <= 1:
         return WorkerPool(Inline, 1)
     context = multiprocessing.get_context("spawn")  # nothing of the parent's threads is copied
-    return WorkerPool(lambda: ProcessPoolExecutor(workers, context, _start_worker), workers)
+    stop = context.Event()
+    return WorkerPool(
+        lambda: ProcessPoolExecutor(1, context, _start_worker, (stop,)), workers, executors=workers, stop=stop.set
+    )
 
 
 def dask_pool(address: str) -> WorkerPool:
@@ -163,4 +213,5 @@ def dask_pool(address: str) -> WorkerPool:
         client: Any = distributed.Client(address)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise UserError(f"build.dask={address}: no scheduler answers there ({error})") from error
-    return WorkerPool(client.get_executor, max(1, sum(client.ncores().values())), client.close)
+    workers = 2 * sum(client.ncores().values())  # so that none waits for its next task
+    return WorkerPool(client.get_executor, max(1, workers), close=client.close)

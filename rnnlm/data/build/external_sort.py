@@ -6,8 +6,17 @@ every task takes one range of the sorted keys out of all spill files, where it i
     deduplicate   span -> (hash, number) by hash;  range of hashes -> numbers of repeats;  span -> what it drops
     shuffle       span -> its documents by their new places;  range of places -> a unit file
 
-A pass reads and writes each document once. The price: the spill files take the place of the hashes, or of the tokens
-once more, and a range opens every spill file: spans times spans slices, 55 million of them for a terabyte.
+A pass reads and writes each document once, and a range opens every spill file. So spans grow with the corpus, up to
+what fits into memory, and the number of opened files stays what any file system bears:
+
+    documents    deduplicate: span   passes x spans^2 opened   memory    shuffle: span   opened             memory
+    10^8         524,288             2 x 191^2  =  73,000      26 MB     262,144         382^2   = 146,000   28 MB
+    10^9         1,666,667           2 x 600^2  = 720,000      83 MB     976,563         1,024^2 = 1.0 M    103 MB
+    10^10        16,666,667          2 x 600^2  = 720,000     830 MB     8,388,608       1,193^2 = 1.4 M    880 MB
+
+at 50 bytes of a worker's memory for each hash of a span, and 105 for each document that is shuffled; the tokens
+themselves are copied from file to file. The price: the spill files take the place of the hashes, or of the tokens once
+more.
 """
 
 from __future__ import annotations
@@ -23,11 +32,12 @@ from typing import IO, Any
 import numpy as np
 
 from rnnlm import files
-from rnnlm.data.build.units import (
+from rnnlm.data.build.unit_file import (
     COPY_ROWS,
     COPY_TOKENS,
+    FILE,
     HASH,
-    TO_VALID,
+    LEVEL,
     TOKENS,
     Array,
     Selection,
@@ -37,9 +47,20 @@ from rnnlm.data.build.units import (
 from rnnlm.data.stream_writer import write_array
 from rnnlm.hashing import permuted
 
-# columns of a document that is shuffled, behind TOKENS, BYTES, WORDS: its new place, where its tokens begin, and in
-# which of the files
-PLACE, BEGIN, OWNER = 3, 4, 5
+# columns of a document that is shuffled: its new place in place of its level; FILE as a line of sources.jsonl; behind
+# AT where its tokens begin, and in which of the unit files
+PLACE, BEGIN, OWNER = LEVEL, HASH, HASH + 1
+
+
+SPANS_OF_HASHES, SPANS_OF_DOCUMENTS = 600, 1024  # as many, until spans have the largest size
+
+
+def span_size(total: int, spans: int, smallest: int, largest: int) -> int:
+    """Items in a span: of at least the smallest size, then so many that there are no more than `spans`, to the largest.
+
+    It depends on the total alone, since all who share the tasks must cut the same; the result does not depend on it.
+    """
+    return max(smallest, min(-(-total // spans), largest))
 
 
 @dataclass(frozen=True)
@@ -54,11 +75,6 @@ class Span:
     first: int
     last: int
     before: int
-
-    @property
-    def numbers(self) -> Array:
-        """(items,) int64: their numbers among all."""
-        return np.arange(self.before + self.first, self.before + self.last)
 
 
 def cut_spans(unit_files: Sequence[Any], sizes: Sequence[int], span_size: int) -> list[Span]:
@@ -80,20 +96,21 @@ def spill_path(stem: Path, kind: str, index: int) -> Path:
 
 def spill_hashes(stem: Path, span: Span) -> None:
     """Write the hashes of a span, each once, in ascending order; the numbers of its repeats in a file of their own."""
-    found, at = [np.empty((0, 2), np.uint64)], 0
+    hashes, at, filled = np.empty((span.last - span.first, 2), np.uint64), 0, 0
     for path in span.unit_files:
         assert isinstance(path, Path)
         rows = UnitFile(path).rows
-        found.append(np.array(rows[max(0, span.first - at) : max(0, span.last - at), HASH:]).view(np.uint64))
-        at += len(rows)
+        taken = rows[max(0, span.first - at) : max(0, span.last - at), HASH:]
+        hashes[filled : filled + len(taken)] = taken.view(np.uint64)
+        at, filled = at + len(rows), filled + len(taken)
 
-    hashes, numbers = np.concatenate(found), span.numbers.astype(np.uint64)
     order, again = _by_hash(hashes)
-    write_array(spill_path(stem, "again", span.index), [np.sort(numbers[order[again]])], "<i8")
+    number = span.before + span.first  # of the first one
+    write_array(spill_path(stem, "again", span.index), [np.sort(order[again]) + number], "<i8")
 
-    kept = order[~again]
-    blocks = (kept[first : first + COPY_ROWS] for first in range(0, len(kept), COPY_ROWS))
-    columns = (np.column_stack([hashes[block], numbers[block]]) for block in blocks)
+    order = order[~again]
+    blocks = (order[first : first + COPY_ROWS] for first in range(0, len(order), COPY_ROWS))
+    columns = (np.column_stack([hashes[block], (block + number).astype(np.uint64)]) for block in blocks)
     write_array(spill_path(stem, "hashes", span.index), columns, "<u8", (3,))
 
 
@@ -125,6 +142,7 @@ def find_repeats(stem: Path, spans: int, index: int) -> None:
         found.append(np.array(rows[begin:end]))
 
     hashes = np.concatenate(found)
+    del found  # half of the memory
     order, again = _by_hash(hashes[:, :2])
     write_array(spill_path(stem, "repeats", index), [np.sort(hashes[order[again], 2])], "<i8")
 
@@ -141,69 +159,85 @@ def drop_repeats(stem: Path, spans: int, span: Span) -> None:
 
 def spill_shuffled(path: Path, span: Span, total: int, seed: int) -> None:
     """Write the documents of a span in the order of their places in a keyed permutation of all `total`."""
-    found = [np.empty((0, OWNER + 1), np.int64)]
-    at = 0
+    documents = np.empty((span.last - span.first, OWNER + 1), np.int64)
+    at = filled = 0
     for owner, selection in enumerate(span.unit_files):
         assert isinstance(selection, Selection)
         for rows, begins in _rows_and_begins(selection):
             taken = slice(max(0, span.first - at), max(0, span.last - at))
             at += len(rows)
             rows, begins = rows[taken], begins[taken]
-            found.append(np.column_stack([rows, np.zeros(len(rows), np.int64), begins, np.full(len(rows), owner)]))
+
+            block = documents[filled : filled + len(rows)]
+            numbers = np.arange(filled, filled + len(rows), dtype=np.uint64) + np.uint64(span.before + span.first)
+            block[:, :HASH], block[:, BEGIN], block[:, OWNER] = rows, begins, owner
+            block[:, PLACE] = permuted(numbers, total, seed)
+            filled += len(rows)
             if at >= span.last:
                 break
 
-    documents = np.concatenate(found)
-    documents[:, PLACE] = permuted(span.numbers.astype(np.uint64), total, seed)
     paths = [selection.path for selection in span.unit_files if isinstance(selection, Selection)]
     _write_documents(path, documents, paths, spill=True)
 
 
 def _rows_and_begins(selection: Selection) -> Iterator[tuple[Array, Array]]:
-    """Of the selected documents, some at a time: TOKENS, BYTES, WORDS (n, 3) int64; their first tokens, (n,) int64."""
+    """Of the selected documents, some at a time: their rows (n, HASH) int64; their first tokens, (n,) int64."""
     before = 0
     for rows, chosen in selection.blocks(UnitFile(selection.path).rows):
         ends = before + np.cumsum(rows[:, TOKENS])
         before = int(ends[-1])
-        yield rows[chosen, :PLACE], (ends - rows[:, TOKENS])[chosen]
+        taken = rows[chosen, :HASH]
+        taken[:, FILE] += selection.first_file
+        yield taken, (ends - rows[:, TOKENS])[chosen]
 
 
 def gather_shuffled(stem: Path, spans: int, first: int, last: int, path: Path) -> None:
-    """Write the documents with places first ... last - 1 as a unit file."""
-    found = [np.empty((0, OWNER + 1), np.int64)]
+    """Write the documents with places first ... last - 1 as a unit file, with its totals in the footer."""
+    documents, filled = np.empty((last - first, OWNER + 1), np.int64), 0
     spills = [spill_path(stem, "places", span) for span in range(spans)]
     for owner, each in enumerate(spills):
         rows = UnitFile(each).rows
         begin, end = (bisect_left(rows[:, PLACE], edge) for edge in (first, last))
-        found.append(np.column_stack([rows[begin:end], np.full(end - begin, owner)]))
-    _write_documents(path, np.concatenate(found), spills, spill=False)
+        block = documents[filled : filled + end - begin]
+        block[:, :OWNER], block[:, OWNER] = rows[begin:end], owner
+        filled += end - begin
+    _write_documents(path, documents, spills, spill=False)
 
 
 def _write_documents(path: Path, documents: Array, paths: Sequence[Path], spill: bool) -> None:
     """Write documents that lie in unit files at `paths` as a unit file, in the order of their places.
 
     Args:
-        documents: (documents, OWNER + 1) int64.
+        documents: (documents, OWNER + 1) int64, in the order of OWNER and of BEGIN, which is in paths[OWNER].
         spill: keep their places in the rows, for `gather_shuffled`.
     """
-    documents = documents[np.argsort(documents[:, PLACE])]
-    ends = np.cumsum(documents[:, TOKENS])
-    begins = ends - documents[:, TOKENS]
-    partial = files.temporary_path(path)
-    with partial.open("wb") as file:
-        dtype = _copy_tokens(file, documents, begins, paths)
+    order = np.argsort(documents[:, PLACE])
+    begins = np.empty(len(order), np.int64)  # in the new file
+    ends = np.cumsum(documents[order, TOKENS])
+    begins[order] = ends - documents[order, TOKENS]
+    tokens = int(ends[-1])
+    del ends
 
-        documents[:, BEGIN] = begins
-        if not spill:
-            documents[:, TO_VALID] = 0  # the same column as PLACE
-        rows = documents[:, : OWNER if spill else HASH]
-        file.seek(int(ends[-1]) * dtype.itemsize)
-        file.write(np.ascontiguousarray(rows).data)
-        footer = {"dtype": dtype.str, "tokens": int(ends[-1]), "rows": len(rows), "columns": rows.shape[1]}
-        write_footer(file, footer)
-        file.flush()
-        os.fsync(file.fileno())
-    files.rename(partial, path)
+    partial = files.temporary_path(path)
+    try:
+        with partial.open("wb") as file:
+            dtype = _copy_tokens(file, documents, begins, paths)
+            file.seek(tokens * dtype.itemsize)
+            documents[:, BEGIN] = begins
+            totals = np.array([len(documents), *documents[:, :LEVEL].sum(0)])
+            if not spill:
+                documents[:, LEVEL] = 0  # the same column as PLACE
+
+            columns = OWNER if spill else HASH
+            for first in range(0, len(order), COPY_ROWS):
+                file.write(np.ascontiguousarray(documents[order[first : first + COPY_ROWS], :columns]).data)
+            footer = {"dtype": dtype.str, "tokens": tokens, "rows": len(order), "columns": columns}
+            write_footer(file, {**footer, "totals": {0: totals.tolist()}})
+            file.flush()
+            os.fsync(file.fileno())
+        files.rename(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _copy_tokens(file: IO[bytes], documents: Array, begins: Array, paths: Sequence[Path]) -> np.dtype[Any]:
@@ -213,15 +247,16 @@ def _copy_tokens(file: IO[bytes], documents: Array, begins: Array, paths: Sequen
         documents: (documents, OWNER + 1) int64, with BEGIN in the unit file paths[OWNER].
         begins: (documents,) int64, where the tokens of each begin in `file`.
     """
-    owner, tokens = -1, np.empty(0, np.uint16)
-    for number in np.lexsort((documents[:, BEGIN], documents[:, OWNER])).tolist():  # in the order of the disk
-        if documents[number, OWNER] != owner:
-            owner = int(documents[number, OWNER])
-            tokens = UnitFile(paths[owner]).tokens
+    opened, tokens = -1, np.empty(0, np.uint16)
+    for first in range(0, len(documents), COPY_ROWS):
+        block = documents[first : first + COPY_ROWS]
+        columns = (block[:, OWNER], block[:, BEGIN], block[:, TOKENS], begins[first : first + COPY_ROWS])
+        for owner, begin, size, target in zip(*(column.tolist() for column in columns), strict=True):
+            if owner != opened:
+                opened, tokens = owner, UnitFile(paths[owner]).tokens
 
-        begin, size = int(documents[number, BEGIN]), int(documents[number, TOKENS])
-        for done in range(0, size, COPY_TOKENS):  # a call writes two gigabytes at most
-            block = tokens[begin + done : begin + min(done + COPY_TOKENS, size)]
-            if os.pwrite(file.fileno(), block.data, (int(begins[number]) + done) * tokens.itemsize) < block.nbytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
+            for done in range(0, size, COPY_TOKENS):  # a call writes two gigabytes at most
+                copied = tokens[begin + done : begin + min(done + COPY_TOKENS, size)]
+                if os.pwrite(file.fileno(), copied.data, (target + done) * tokens.itemsize) < copied.nbytes:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
     return tokens.dtype

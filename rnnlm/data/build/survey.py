@@ -33,6 +33,7 @@ from rnnlm.data.tokenizer_choice import tokenizer_path
 from rnnlm.data.tokenizer_training import out_of_proportion, train, word_table
 from rnnlm.errors import UserError
 from rnnlm.hashing import fraction_of
+from rnnlm.machine import cores
 
 HELD_BACK_BYTES = 2**20  # enough for bytes per token to three digits
 MAX_WORDS = 2**23  # different ones in memory, about 1 GB
@@ -111,7 +112,7 @@ def _run(
     """Have function(context, job) write the file of each job, and hand the values in it to `add`."""
     corpus, build = context.config.corpus, context.config.build
     inputs = sources(corpus.train, "corpus.train", corpus.document)
-    workers = build.workers or len(os.sched_getaffinity(0))
+    workers = build.workers or cores()
     tasks = [NumberedJob(number, job) for number, job in enumerate(jobs("train", inputs, corpus, workers))]
 
     def done(task: NumberedJob) -> None:
@@ -134,8 +135,10 @@ def _run(
 
 
 def _own_items(context: SurveyContext, job: Job) -> Iterator[Item]:
-    """All that is in the units of a job."""
-    return chain.from_iterable(items for number, items in read(job, context.config.corpus) if job.owns(number))
+    """All that is in the units of a job; those who read a file from its start take turns."""
+    readers = max(1, job.stride)
+    found = read(job, context.config.corpus)
+    return chain.from_iterable(items for number, items in found if number % readers == job.unit % readers)
 
 
 def _write(context: SurveyContext, task: NumberedJob, values: list[Any]) -> None:

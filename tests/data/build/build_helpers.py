@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ def write_text(directory: Path) -> Path:
 
 def options(text: Path, directory: Path, **changed: Any) -> list[str]:
     """As given to the script."""
-    keys = {"unit_bytes": "corpus", "shard_tokens": "stream", "valid_fraction": "stream", "workers": "build"}
+    keys = {**dict.fromkeys(("shard_tokens", "valid_fraction", "valid_max_tokens"), "stream"), "workers": "build"}
     every = {**OPTIONS, "workers": 1, **changed}
     given = [f"--{keys.get(key, 'corpus')}.{key}={value}" for key, value in every.items()]
     return [f"--corpus.train={text}", f"--stream.directory={directory}", *given]
@@ -69,8 +70,8 @@ def digests(directory: Path) -> dict[str, str]:
 
 
 def digests_of_arrays(directory: Path) -> dict[str, str]:
-    """Of its shards and documents alone: the manifest also holds what the stream was built from."""
-    return {name: digest for name, digest in digests(directory).items() if name.endswith(".npy")}
+    """Of its shards and documents alone: others also tell from which files it was built."""
+    return {name: each for name, each in digests(directory).items() if re.search(r"(shard-\d+|documents)\.npy$", name)}
 
 
 def build_whole(text: Path, directory: Path, tokenizer: Tokenizer) -> dict[str, str]:
@@ -120,16 +121,11 @@ def faulty(fault: str, log: Path, *given: str) -> tuple[int, str]:
     return process.returncode, stderr
 
 
-def first_unit(log: Path) -> float:
-    """Wait until a worker begins with a unit; the time."""
-    while not log.exists():
+def first_unit(log: Path, process: subprocess.Popen[str]) -> float:
+    """Wait until a worker begins with a unit, or the build has ended; the time."""
+    while not log.exists() and process.poll() is None:
         time.sleep(0.002)
     return time.monotonic()
-
-
-def begun_units(log: Path) -> set[str]:
-    """Units whose encoding began."""
-    return {line.split()[1] for line in log.read_text().splitlines() if line.startswith("begin ")}
 
 
 def encoded(log: Path) -> list[str]:

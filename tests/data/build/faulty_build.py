@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
 import build_stream
 
 from rnnlm.cli import run_entry_point
-from rnnlm.data.build import assemble, build
+from rnnlm.data.build import assemble, encode, shared_tasks, stream_tasks
 
 FAULT, LOG = os.environ["FAULT"], Path(os.environ["LOG"])
 times: Counter[str] = Counter()
-run_file_task, fsync = assemble.run_file_task, os.fsync
-write_unit, write_shard, commit = build.write_unit, assemble.write_shard, assemble.commit
+run_file_task, fsync = shared_tasks.run_file_task, os.fsync
+write_unit, write_shard, place = encode.write_unit, stream_tasks.write_shard, assemble.place
 
 
 def log(line: str) -> None:
@@ -47,16 +46,17 @@ def point(name: str) -> None:
 
 def faulty_unit(path: Path, *arguments: Any) -> None:
     point("unit")
-    log(f"begin {path.stem}")
+    number = path.stem.rpartition("-")[2]
+    log(f"begin {number}")
 
     kind, _, name = FAULT.partition(":")
     in_worker = multiprocessing.parent_process() is not None
-    is_due = kind == "worker" or (kind == "worker-once" and LOG.read_text().count(name) == 1)
-    if in_worker and path.stem == name and is_due:
+    is_due = kind == "worker" or (kind == "worker-once" and LOG.read_text().count(f"begin {name}\n") == 1)
+    if in_worker and number == name and is_due:
         os.kill(os.getpid(), signal.SIGKILL)
 
     write_unit(path, *arguments)
-    log(f"end {path.stem}")
+    log(f"end {number}")
 
 
 def faulty_shard(path: Path, blocks: Any, tokenizer: Any) -> Any:
@@ -75,17 +75,16 @@ def faulty_shard(path: Path, blocks: Any, tokenizer: Any) -> Any:
     return result
 
 
-def faulty_task(context: Any, task: Any) -> None:
+def faulty_task(locks: Any, task: Any) -> None:
     point(task.function.__name__)
-    run_file_task(context, task)
+    run_file_task(locks, task)
     point(f"{task.function.__name__}-end")
 
 
-def faulty_commit(*arguments: Any) -> Any:
+def faulty_place(*arguments: Any) -> None:
     point("commit")
-    result = commit(*arguments)
+    place(*arguments)
     point("commit-end")
-    return result
 
 
 def faulty_fsync(handle: int) -> None:
@@ -96,15 +95,9 @@ def faulty_fsync(handle: int) -> None:
     fsync(handle)
 
 
-patches: dict[str, Callable[..., Any]] = {
-    "write_shard": faulty_shard,
-    "commit": faulty_commit,
-    "run_file_task": faulty_task,
-}
-for name, patch in patches.items():
-    setattr(assemble, name, patch)
-build.write_unit = faulty_unit
-assemble.SPAN_HASHES, assemble.SPAN_TOKENS = 100, 2000  # several runs even of a small text
+stream_tasks.write_shard, shared_tasks.run_file_task = faulty_shard, faulty_task
+assemble.place, encode.write_unit = faulty_place, faulty_unit
+assemble.SPAN_HASHES, assemble.SPAN_TOKENS, assemble.PART_DOCUMENTS = 100, 2000, 150  # many spans of a small text
 os.fsync = faulty_fsync
 
 if __name__ == "__main__":

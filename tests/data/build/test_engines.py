@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import gzip
 import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from build_helpers import build, build_whole, digests, options, prepare, start, write_text
+from build_helpers import (
+    build,
+    build_whole,
+    digests,
+    digests_of_arrays,
+    encoded,
+    faulty,
+    first_unit,
+    options,
+    prepare,
+    start,
+    write_text,
+)
 
 from rnnlm.config import BuildConfig
+from rnnlm.data.build.build import parse_task
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
 
@@ -41,31 +55,42 @@ def test_any_executor(text: Path, tokenizer: Tokenizer, whole: dict[str, str], t
     assert digests(build(text, tmp_path / "s", tokenizer, lambda: ThreadPoolExecutor(threads))) == whole
 
 
-def test_tasks_of_an_array_at_the_same_time(
-    text: Path, tokenizer: Tokenizer, whole: dict[str, str], tmp_path: Path
+def test_tasks_of_an_array_started_one_after_the_other_and_one_killed(
+    text: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
+    """Each begins when the one before has encoded something; all that live go through to the commit together."""
+    given = {"deduplicate": "true", "shuffle_seed": 3}
+    whole = digests(build(text, tmp_path / "whole", tokenizer, deduplicate=True, shuffle_seed=3))
     directory = prepare(tmp_path / "s", tokenizer)
-    running = [
-        start("none", tmp_path / f"log{task}", *options(text, directory), f"--build.task={task}/3") for task in range(3)
-    ]
+    running = []
+    for task, fault in (("3/4", "unit:6"), ("0/4", "none"), ("9/4", "spill_shuffled:2"), ("", "none")):
+        log = tmp_path / f"log{len(running)}"
+        running.append(start(fault, log, *options(text, directory, **given), f"--build.task={task}"))
+        first_unit(log, running[-1])
+
     for process in running:
         stderr = process.communicate(timeout=120)[1]
-        assert process.returncode == 0, stderr
-    assert digests(build(text, directory, tokenizer)) == whole
+        assert process.returncode in (0, -signal.SIGKILL), stderr
+    assert running[0].returncode == -signal.SIGKILL, "else it was too late for the fault"
+    assert digests(directory) == whole
+    written = [name for log in tmp_path.glob("log*") for name in encoded(log)]
+    assert len(written) - len(set(written)) <= 1, "the unit of the one that died before it could be said"
+    assert not list(directory.glob("build/work-*"))
 
 
-def test_tasks_of_an_array_in_any_order(
+def test_any_task_of_an_array_alone_makes_the_streams(
     text: Path, tokenizer: Tokenizer, whole: dict[str, str], tmp_path: Path
 ) -> None:
-    for task in (3, 0, 4, 1, 2):
-        build(text, tmp_path / "s", tokenizer, build=BuildConfig(workers=1, task=f"{task}/5"))
-        assert not (tmp_path / "s/train").exists()
-    units = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").glob("build.partial/*/units/*.unit")}
-    assert len(units) > 20
-    build(text, tmp_path / "s", tokenizer, build=BuildConfig(workers=1, task="2/5"))  # once more: nothing to do
-    assert {path: path.stat().st_mtime_ns for path in units} == units
-    assert digests(build(text, tmp_path / "s", tokenizer)) == whole
-    assert not (tmp_path / "s/build.partial").exists()
+    """As of an array with a stride, or of which only one has begun; those that come later have nothing to do."""
+    for task in ("14/8", "3/16", "16/16"):
+        build(text, tmp_path / "s", tokenizer, build=BuildConfig(workers=1, task=task))
+        assert digests(tmp_path / "s") == whole
+
+
+@pytest.mark.parametrize("task", ["3", "3/0", "-1/4", "a/b", "1/4/2"])
+def test_a_task_that_is_none_is_refused(task: str) -> None:
+    with pytest.raises(UserError, match=rf"build.task={task}: expected a task and how many there are, as in 3/16"):
+        parse_task(task)
 
 
 @pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -90,9 +115,9 @@ def test_one_file_or_seven_compressed_or_not(
         data = b"\n".join(lines[file * 1200 // 7 : (file + 1) * 1200 // 7])
         (tmp_path / f"{file}.txt{suffix}").write_bytes(gzip.compress(data) if suffix else data)
 
-    found = digests(build(str(tmp_path / f"*{suffix or '.txt'}"), tmp_path / "s", tokenizer, unit_bytes=900))
-    same = [name for name in whole if name.endswith(".npy")]
-    assert {name: found[name] for name in same} == {name: whole[name] for name in same}
+    found = digests_of_arrays(build(str(tmp_path / f"*{suffix or '.txt'}"), tmp_path / "s", tokenizer, unit_bytes=900))
+    assert len(found) > 5
+    assert found == {name: whole[name] for name in found}
 
 
 def test_another_build_in_the_same_directory_is_refused(text: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -110,21 +135,19 @@ def test_another_build_in_the_same_directory_is_refused(text: Path, tokenizer: T
     with pytest.raises(
         UserError, match=rf"s: another build is working there \(.*process {os.getpid()}, .*\); wait for it"
     ):
-        build(text, tmp_path / "s", tokenizer)
+        build(text, tmp_path / "s", tokenizer, deduplicate=True)
 
     leave.set()
     first.join(60)
-    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["train", "valid"]
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["build", "train", "valid"]
 
 
-def test_units_of_another_build_or_of_an_edited_file_are_not_used(
+def test_units_of_an_edited_file_are_not_used(
     text: Path, tokenizer: Tokenizer, whole: dict[str, str], tmp_path: Path
 ) -> None:
-    copy = tmp_path / "text.txt"
+    copy, directory = tmp_path / "text.txt", prepare(tmp_path / "s", tokenizer)
     copy.write_bytes(text.read_bytes().replace(b"anna", b"otto"))
-    build(copy, tmp_path / "s", tokenizer, build=BuildConfig(task="0/2"))
+    assert faulty("unit:9", tmp_path / "log", *options(copy, directory))[0] == -signal.SIGKILL
     copy.write_bytes(text.read_bytes())
     os.utime(copy, (1, 1))
-    with pytest.raises(UserError, match="tasks of another build are there"):
-        build(copy, tmp_path / "s", tokenizer, build=BuildConfig(task="1/2"))
     assert digests(build(copy, tmp_path / "s", tokenizer)) == whole
