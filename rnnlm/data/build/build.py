@@ -41,7 +41,7 @@ from rnnlm.data.build.encode import (
 from rnnlm.data.build.executor import WorkerPool, dask_pool, process_pool
 from rnnlm.data.build.inputs import Inputs
 from rnnlm.data.build.kept import check_directory, say, tidy
-from rnnlm.data.build.unit_file import DamagedUnitError
+from rnnlm.data.build.unit_file import DamagedUnitError, forget_checked
 from rnnlm.data.encoder import Encoder
 from rnnlm.data.filetypes import document_of_all
 from rnnlm.data.jobs import Job, jobs
@@ -50,6 +50,8 @@ from rnnlm.data.stream_format import Manifest
 from rnnlm.data.stream_writer import REPLACED, place
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
+
+EARLIER = {"shares": {"": 1.0}}  # options of streams of version 2
 
 
 class Build:
@@ -139,7 +141,9 @@ class Build:
 
     def _differing(self, path: Path, manifest: Manifest) -> str:
         """What a stream was made from and this build is not, in words."""
-        options = [key for key, value in self.options().items() if manifest.source.get(key) != value]
+        theirs = {**self.options(), **EARLIER} if manifest.version < 3 else {}  # it does not say all of them
+        theirs |= manifest.source
+        options = [key for key, value in self.options().items() if theirs.get(key) != value]
         files_differ = self.inputs.differing(path, manifest)
         return ", ".join([*options, *([files_differ] if files_differ else [])])
 
@@ -166,10 +170,11 @@ class Build:
             UserError: nothing to train on, a bad record, a file that changes, a unit that kills its worker, a foreign
                 stream in the way, another build in the same directory.
         """
+        forget_checked()
         done = self.finished()
         if self.inputs.touched:
-            names = f"{self.inputs.touched[0]} and {len(self.inputs.touched) - 1:,} more"
-            say(f"{names} were touched since the streams were built, and hold what they held, as far as samples tell")
+            more = f" and {len(self.inputs.touched) - 1:,} more" if len(self.inputs.touched) > 1 else ""
+            say(f"{self.inputs.touched[0]}{more}: touched since, but the same as before, as far as samples tell")
         lock = files.locked(self.directory / "build/lock", "build", shared=self.task[1] > 1)
         if set(done) == set(self.splits):
             if self.context.work.exists() or not self.config.build.keep_units:
