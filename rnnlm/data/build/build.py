@@ -240,6 +240,8 @@ class Build:
             files.make_directory(path)
             files.sync(path.parent)
             files.clear_temporaries(path)
+        for path in (self.directory.parent, self.directory, work.parent, self.encoding.units):
+            files.sync(path)  # names that someone made who died before they were on disk
         files.clear_temporaries(work)
         if not (work / "tokenizer.model").exists():
             files.write_file(work / "tokenizer.model", self.tokenizer.model)
