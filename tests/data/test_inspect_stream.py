@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-from conftest import RunScript
+from conftest import RunHere, RunScript
 from foreign import MARKS, SEQUENCES, plain, write_megatron
 
 from rnnlm.data.adopt import adopt
@@ -63,3 +63,39 @@ def test_inspection_of_an_adopted_stream_shows_ids(tmp_path: Path, run_script: R
         f"  {'2 - 3':>23} {4:>13} {'#' * 40}",
         f"  {'4 - 7':>23} {1:>13} {'#' * 10}",
     ]
+
+
+def test_a_document_is_shown_with_its_tokens_and_its_origin(
+    streams: Path, corpus: Path, run_here: RunHere, tmp_path: Path
+) -> None:
+    stream = TokenStream(streams / "train")
+    number = 17
+    begin, end = stream.documents[number - 1 : number + 1, 0].tolist()
+    ids = plain(stream)[begin:end].tolist()
+    text = stream.tokenizer().decode(ids[:-1])
+    at = stream.origins[number, 1]
+    assert corpus.read_bytes()[at:].startswith(text.encode() + b"\n")
+
+    done = run_here("tools/inspect_stream.py", streams / "train", f"--document={number}")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].endswith(f": document 17 of {stream.manifest.documents}, tokens {begin:,} to {end - 1:,}")
+    assert lines[1].startswith(f"text, {len(text.encode())} bytes and {len(text.split())} words") and lines[2] == text
+    assert lines[3] == f"{len(ids)} tokens:"
+    shown = [piece.strip() for line in lines[4:-1] for piece in re.split("  +", line.strip())]
+    assert shown == [f"{token} {stream.tokenizer().piece(token)!r}" for token in ids]
+    assert lines[-1] == f"from corpus.train: text.txt, byte {at:,}"
+
+    for outside in (-1, stream.manifest.documents):
+        done = run_here("tools/inspect_stream.py", streams / "train", f"--document={outside}")
+        assert done.returncode == 2
+        assert f"error: --document={outside}: {streams}/train has" in done.stderr
+        assert f"documents, 0 to {stream.manifest.documents - 1}" in done.stderr
+
+
+def test_a_stream_that_knows_no_origins_says_so_behind_the_text(tmp_path: Path, run_here: RunHere) -> None:
+    adopt(write_megatron(tmp_path / "t.idx", SEQUENCES, MARKS, "int64"), tmp_path / "s", 10, 1)
+    done = run_here("tools/inspect_stream.py", "s", "--document=0")
+    assert done.returncode == 2
+    assert done.stdout.splitlines()[-1].strip().split() == [str(token) for token in SEQUENCES[0]]
+    assert "s: was adopted, and does not say where its documents are from" in done.stderr

@@ -11,6 +11,7 @@ from reading import COMPRESSED, PACK, Found, all_jobs, read_job, take
 
 from rnnlm.config import CorpusConfig
 from rnnlm.data.documents import Document, read
+from rnnlm.texts import NamedSource
 
 
 @pytest.mark.parametrize("suffix", COMPRESSED)
@@ -67,3 +68,25 @@ def test_small_files_share_a_unit_and_a_large_one_has_its_own(tmp_path: Path) ->
         assert unit == job.unit == job.stride == 0
         assert [item.name for item in items] == [source.name for source in job.sources]
         assert job.bytes(corpus) == sum(source.size for source in job.sources)
+
+
+def test_groups_of_small_files_end_where_names_say_so_or_a_larger_file_stands(tmp_path: Path) -> None:
+    """A file more changes the group that it is in and few behind it; a group belongs to one named source."""
+    for number in range(1200):
+        (tmp_path / f"{number:04d}.txt").write_bytes(b"x" * (700 if number == 900 else 3))
+    corpus = CorpusConfig(train=str(tmp_path / "*.txt"), unit_bytes=600)
+    before = all_jobs(corpus)
+    assert [source.name for job in before if job.unit == 0 for source in job.sources] == [
+        f"{number:04d}.txt" for number in range(1200)
+    ]
+    assert all(sum(source.size for source in job.sources) < 603 for job in before if job.whole)
+    assert len([job for job in before if job.sources[0].name == "0900.txt"]) == 2
+
+    (tmp_path / "0500-more.txt").write_bytes(b"x")
+    changed = {job.key for job in all_jobs(corpus)} - {job.key for job in before}
+    assert 0 < len(changed) <= len(before) // 2
+    assert not changed & {job.key for job in before if job.file > 900}, "a larger file ends a group whatever is before"
+
+    named = {name: NamedSource(str(tmp_path / f"{name}*.txt")) for name in ("00", "01")}
+    for job in all_jobs(replace(corpus, train=named)):
+        assert len({source.group for source in job.sources}) == 1

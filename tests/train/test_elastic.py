@@ -156,11 +156,11 @@ def test_fault_29_two_runs_in_one_directory_are_refused_and_the_holder_is_named(
 ) -> None:
     monkeypatch.setattr("rnnlm.train.run.LOCK_PATIENCE_SECONDS", 0.1)
     run = tmp_path / "run"
-    with locked(run, run / "holder", "run"):
-        assert f"{socket.gethostname()}, process {os.getpid()}, " in (run / "holder").read_text()
+    with locked(run / "lock", "run"):
+        assert f"{socket.gethostname()}, process {os.getpid()}, " in (run / "lock").read_text()
 
-        (run / "holder").write_text("elsewhere, process 1, long ago")
+        (run / "lock").write_text("elsewhere, process 1, long ago")
         done = train_here(f"--config={experiment}")
         assert done.returncode == 1
         assert "another run is working there (elsewhere, process 1, long ago)" in done.stderr
-    assert list(run.iterdir()) == []
+    assert list(run.iterdir()) == [run / "lock"]

@@ -47,7 +47,7 @@ from rnnlm.data.build.selections import (
     valid_level,
 )
 from rnnlm.data.build.shared_tasks import LOCKS, PAUSE_SECONDS, FileTask, Listing, SharedPool, taken
-from rnnlm.data.build.stream_tasks import entry_path, join_parts, make_part, make_shard
+from rnnlm.data.build.stream_tasks import COLUMNS, entry_path, join_parts, make_array, make_part, make_shard
 from rnnlm.data.build.unit_file import LEVELS, DamagedUnitError, Selection, UnitFile
 from rnnlm.data.stream_format import Manifest
 from rnnlm.data.stream_writer import finish, place
@@ -55,6 +55,7 @@ from rnnlm.data.tokenizer import Tokenizer, token_dtype
 from rnnlm.errors import UserError
 
 AnyItem = TypeVar("AnyItem")
+Call = tuple[Callable[..., None], tuple[Any, ...]]
 SPAN_HASHES, MOST_HASHES = 2**19, 2**24  # of documents sorted at once: at least, and at most
 SPAN_TOKENS, MOST_TOKENS = 2**24, 2**30  # of documents shuffled at once, about, and of a unit of shuffled ones, or
 SPAN_DOCUMENTS, MOST_DOCUMENTS = 2**18, 2**23
@@ -247,9 +248,7 @@ class Assembler:
         partial.mkdir(exist_ok=True)
         return partial
 
-    def _write_entries(
-        self, phase: str, paths: Sequence[Path], calls: Sequence[tuple[Callable[..., None], tuple[Any, ...]]]
-    ) -> list[dict[str, Any]]:
+    def _write_entries(self, phase: str, paths: Sequence[Path], calls: Sequence[Call]) -> list[dict[str, Any]]:
         """What the manifest says of some files, which these calls write if they are not there."""
         _remove_files(entry_path(path) for path in paths if not path.exists())  # of a stream that was removed
         entries = [entry_path(path) for path in paths]
@@ -273,26 +272,24 @@ class Assembler:
         )
 
     def _write_arrays(self, target: str, selections: Sequence[Selection]) -> dict[str, str]:
-        """The digests of documents.npy and origins.npy by their stems, these written in parts by tasks, and joined."""
-        stem, partial = self.context.work / target, self._partial(target)
+        """The digests of documents.npy and origins.npy by their stems; large ones are written in parts, and joined."""
+        stem, paths = self.context.work / target, [self._partial(target) / f"{name}.npy" for name in COLUMNS]
         parts = _cut_into_parts(selections, [selection.totals[0] for selection in selections])
-        before, tasks = np.zeros(3, np.int64), []
-        for index, part in enumerate(parts):
-            tasks.append(FileTask(spill_path(stem, "documents", index), make_part, (stem, index, part, before)))
-            before = before + np.sum([selection.totals[1:] for selection in part], axis=0)
+        pieces = {name: [spill_path(stem, name, index) for index in range(len(parts))] for name in COLUMNS}
+        if len(parts) == 1:
+            calls: list[Call] = [(make_array, (path, parts[0])) for path in paths]
+        else:
+            calls = [(join_parts, (path, pieces[path.stem])) for path in paths]
+            if not all(entry_path(path).exists() and path.exists() for path in paths):
+                before, tasks = np.zeros(3, np.int64), []
+                for index, (path, part) in enumerate(zip(pieces["documents"], parts, strict=True)):
+                    tasks.append(FileTask(path, make_part, (stem, index, part, before)))
+                    before = before + np.sum([selection.totals[1:] for selection in part], axis=0)
+                self.shared.write(f"{target} documents", tasks)
 
-        columns = {"documents": 3, "origins": 2}
-        paths = [partial / f"{name}.npy" for name in columns]
-        if not all(entry_path(path).exists() and path.exists() for path in paths):
-            self.shared.write(f"{target} documents", tasks)
-        pieces = {name: [spill_path(stem, name, index) for index in range(len(parts))] for name in columns}
-        entries = self._write_entries(
-            f"{target} join documents",
-            paths,
-            [(join_parts, (partial / f"{name}.npy", pieces[name], columns[name])) for name in columns],
-        )
+        entries = self._write_entries(f"{target} documents joined", paths, calls)
         _remove_files(path for paths in pieces.values() for path in paths)
-        return {name: entry["sha256"] for name, entry in zip(columns, entries, strict=True)}
+        return {name: entry["sha256"] for name, entry in zip(COLUMNS, entries, strict=True)}
 
     def _finish(
         self,

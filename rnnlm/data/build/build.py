@@ -40,16 +40,18 @@ from rnnlm.data.build.executor import WorkerPool, dask_pool, process_pool
 from rnnlm.data.build.inputs import Inputs
 from rnnlm.data.build.kept import check_directory, say, tidy
 from rnnlm.data.build.shared_tasks import LOCKS, SharedPool, joined
-from rnnlm.data.build.unit_file import DamagedUnitError
+from rnnlm.data.build.unit_file import DamagedUnitError, forget_checked
 from rnnlm.data.encoder import Encoder
 from rnnlm.data.filetypes import document_of_all
 from rnnlm.data.jobs import Job, jobs
 from rnnlm.data.sources import Source, corpus_sources
-from rnnlm.data.stream_format import VERSION, Manifest
+from rnnlm.data.stream_format import Manifest
 from rnnlm.data.stream_writer import REPLACED
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
 from rnnlm.machine import cores
+
+EARLIER = {"shares": {"": 1.0}}  # options of streams of version 2
 
 
 class Build:
@@ -141,10 +143,9 @@ class Build:
 
     def _differing(self, path: Path, manifest: Manifest) -> str:
         """What a stream was made from and this build is not, in words."""
-        found = dict(manifest.source)
-        if manifest.version < VERSION:
-            found["valid_max_tokens"] = self.config.stream.valid_max_tokens  # there was no such option
-        options = [key for key, value in self.options().items() if found.get(key) != value]
+        theirs = {**self.options(), **EARLIER} if manifest.version < 3 else {}  # it does not say all of them
+        theirs |= manifest.source
+        options = [key for key, value in self.options().items() if theirs.get(key) != value]
         files_differ = self.inputs.differing(path, manifest)
         return ", ".join([*options, *([files_differ] if files_differ else [])])
 
@@ -171,10 +172,11 @@ class Build:
             UserError: nothing to train on, a bad record, a file that changes, a unit that kills its worker, a foreign
                 stream in the way, another build in the same directory.
         """
+        forget_checked()
         done = self.finished()
         if self.inputs.touched:
-            names = f"{self.inputs.touched[0]} and {len(self.inputs.touched) - 1:,} more"
-            say(f"{names} were touched since the streams were built, and hold what they held, as far as samples tell")
+            more = f" and {len(self.inputs.touched) - 1:,} more" if len(self.inputs.touched) > 1 else ""
+            say(f"{self.inputs.touched[0]}{more}: touched since, but the same as before, as far as samples tell")
         if set(done) == set(self.splits) and not self.context.work.exists() and self.config.build.keep_units:
             return done
 
@@ -227,6 +229,8 @@ class Build:
             files.make_directory(path)
             files.sync(path.parent)
             files.clear_temporaries(path)
+        for path in (self.directory.parent, self.directory, work.parent, self.encoding.units):
+            files.sync(path)  # names that someone made who died before they were on disk
         files.clear_temporaries(work)
         if not (work / self.tokenizer.file_name).exists():
             files.write_file(work / self.tokenizer.file_name, self.tokenizer.model)

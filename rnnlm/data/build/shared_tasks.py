@@ -175,12 +175,14 @@ class SharedPool:
 
 
 def announce(work: Path, phase: str, tasks: Sequence[Task]) -> None:
-    """Write down which files a phase writes, for --status."""
+    """Write down which files a phase writes, for --status: not durably, nothing else reads it."""
     path = work / PHASES / f"{phase}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         (work / LOCKS).mkdir(exist_ok=True)
-        files.write_file(path, json.dumps([str(task.path.relative_to(work.parent)) for task in tasks]).encode())
+        partial = files.temporary_path(path)
+        partial.write_text(json.dumps([str(task.path.relative_to(work.parent)) for task in tasks]))
+        files.rename(partial, path)
 
 
 @contextmanager

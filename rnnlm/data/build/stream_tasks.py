@@ -16,6 +16,8 @@ from rnnlm.data.build.unit_file import COPY_ROWS, Array, Selection, origins_of, 
 from rnnlm.data.stream_writer import write_array, write_shard
 from rnnlm.data.tokenizer import Tokenizer
 
+COLUMNS = {"documents": 3, "origins": 2}  # of the arrays with a row for each document, by name
+
 
 def make_shard(work: Path, path: Path, selections: Sequence[Selection], first: int, last: int) -> None:
     """Write one shard, then beside its directory what the manifest says of it."""
@@ -23,17 +25,31 @@ def make_shard(work: Path, path: Path, selections: Sequence[Selection], first: i
     write_json(entry_path(path), write_shard(path, tokens_of(selections, first, last), tokenizer))
 
 
+def make_array(path: Path, selections: Sequence[Selection]) -> None:
+    """Write documents.npy or origins.npy at once, then beside the directory what the manifest says of it."""
+    _write(path, path.stem, _rows(path.stem, selections, np.zeros(3, np.int64)))
+
+
 def make_part(stem: Path, index: int, selections: Sequence[Selection], before: Array) -> None:
     """Write the origins, then the running totals, of some documents; `before`, (3,) int64, are the totals before."""
-    origins = (block for selection in selections for block in origins_of(selection))
-    write_array(spill_path(stem, "origins", index), origins, "<i8", (2,))
-    write_array(spill_path(stem, "documents", index), _running_totals(selections, before), "<i8", (3,))
+    for name in ("origins", "documents"):
+        write_array(spill_path(stem, name, index), _rows(name, selections, before), "<i8", (COLUMNS[name],))
 
 
-def join_parts(path: Path, parts: Sequence[Path], columns: int) -> None:
-    """Write arrays one behind the other, then beside the directory what the manifest says of them."""
-    blocks = (block for part in parts for block in _blocks_of(np.load(part, mmap_mode="r")))
-    write_json(entry_path(path), {"sha256": write_array(path, blocks, "<i8", (columns,))[1]})
+def join_parts(path: Path, parts: Sequence[Path]) -> None:
+    """Write arrays one behind the other, then beside the directory what the manifest says of all."""
+    _write(path, path.stem, (block for part in parts for block in _blocks_of(np.load(part, mmap_mode="r"))))
+
+
+def _write(path: Path, name: str, blocks: Iterator[Array]) -> None:
+    write_json(entry_path(path), {"sha256": write_array(path, blocks, "<i8", (COLUMNS[name],))[1]})
+
+
+def _rows(name: str, selections: Sequence[Selection], before: Array) -> Iterator[Array]:
+    """The rows of documents.npy or origins.npy, some at a time."""
+    if name == "documents":
+        return _running_totals(selections, before)
+    return (block for selection in selections for block in origins_of(selection))
 
 
 def entry_path(path: Path) -> Path:

@@ -143,6 +143,11 @@ class UnitFile:
 _checked: set[tuple[str, int, int]] = set()  # path, inode and time of the unit files whose digest was found right
 
 
+def forget_checked() -> None:
+    """Check all unit files anew: what was right in the build before may be damaged since."""
+    _checked.clear()
+
+
 def digest_of(file: IO[bytes], size: int) -> str:
     """sha256 of the first `size` bytes of an open file."""
     sha256, left = hashlib.sha256(), size

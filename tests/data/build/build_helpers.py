@@ -54,7 +54,8 @@ def build(
     """Build in this process, or on an executor."""
     engine = corpus.pop("build", BuildConfig(workers=3 if make else 1))
     valid_fraction = corpus.pop("valid_fraction", 0.2)
-    stream = StreamConfig(directory=str(directory), shard_tokens=700, valid_fraction=valid_fraction)
+    given = {"shard_tokens": 700, "valid_fraction": valid_fraction, **corpus.pop("stream", {})}
+    stream = StreamConfig(directory=str(directory), **given)
 
     paths = text if isinstance(text, list) else str(text)
     corpus = {"unit_bytes": UNIT_BYTES, **corpus}

@@ -92,6 +92,17 @@ def test_fault_27_every_rejected_record_is_counted_and_listed(tmp_path: Path, to
         list(TokenStream(tmp_path / "skip/train").verify())
 
 
+def test_rejected_and_repaired_records_of_a_unit_are_listed_in_its_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    lines = [b'{"text": "one"}', b'{"text": "tw\xff"}', b'{"tex', b'{"text": "thr\xff"}', b"{}", b'{"text": "\xff"}']
+    (tmp_path / "data.jsonl").write_bytes(b"\n".join(lines))
+    build(tmp_path / "data.jsonl", tmp_path / "s", tokenizer, document="jsonl", on_bad_record="replace")
+    listed = [json.loads(line) for line in (tmp_path / "s/train/rejected.jsonl").read_text().splitlines()]
+    ends = np.cumsum([len(line) + 1 for line in lines]).tolist()
+    assert [(each["at"], each["reason"][-7:]) for each in listed] == [
+        (ends[0], " mended"), (ends[1], "r field"), (ends[2], " mended"), (ends[3], "r field"), (ends[4], " mended"),
+    ]  # fmt: skip
+
+
 def test_a_tokenizer_that_needs_whole_texts_gives_the_same_streams_and_refuses_long_ones(
     text: Path, tmp_path: Path
 ) -> None:
