@@ -28,7 +28,7 @@ from rnnlm.train.run import mark_preempted
 
 TEXT = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
 NUMPY, PYTORCH = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-WHOLE = {"records", "files", "source.files", "configuration", "scaler", "ranks", "parameters", "ran_in"}
+WHOLE = {"records", "files", "sources", "configuration", "scaler", "ranks", "parameters", "ran_in"}
 
 
 def documented(heading: str) -> set[str]:
@@ -109,6 +109,7 @@ def test_every_field_of_a_stream_is_documented(tmp_path: Path, tokenizer: Tokeni
     dtype = json.loads(manifests[1].read_text())["dtype"]
     assert np.memmap(tmp_path / "adopted/train/shard-00000.bin", dtype, "r").tolist() == [5, 9, 1, 7]
 
+    assert documented("sources.jsonl") == fields_of(tmp_path / "built/train/sources.jsonl")
     rejected = tmp_path / "built/train/rejected.jsonl"
     assert documented("rejected.jsonl") == fields_of(rejected)
     assert f"`{json.loads(rejected.read_text())['reason']}`" in TEXT

@@ -52,6 +52,8 @@ class TokenStream:
             raise StreamError(f"{self.directory}: {error}; build the stream again") from error
 
         self._check_size(sizes, "documents.npy", 24 * self.manifest.documents)
+        if self.manifest.origins_sha256:
+            self._check_size(sizes, "origins.npy", 16 * self.manifest.documents)
         for shard in self.manifest.shards:
             self._check_size(sizes, shard["name"], width * shard["tokens"])
 
@@ -111,6 +113,18 @@ class TokenStream:
     def documents(self) -> npt.NDArray[np.int64]:
         """(documents, 3): running totals of tokens, UTF-8 bytes, words."""
         return self._map("documents.npy", "<i8", (self.manifest.documents, 3))
+
+    @property
+    def origins(self) -> npt.NDArray[np.int64]:
+        """(documents, 2): line of sources.jsonl, and the byte or row where the document starts in that file.
+
+        Raises:
+            StreamError: the stream has none, as it was adopted or built by an earlier version.
+        """
+        if not self.manifest.origins_sha256:
+            made = "adopted" if "adopted" in self.manifest.source else "built by an earlier version"
+            raise StreamError(f"{self.directory}: was {made}, and does not say where its documents are from")
+        return self._map("origins.npy", "<i8", (self.manifest.documents, 2))
 
     def windows(self, starts: npt.NDArray[np.int64], length: int) -> Tokens:
         """The tokens at `starts[i] ... starts[i] + length - 1` of the ring: (len(starts), length).
@@ -185,8 +199,12 @@ class TokenStream:
 
         self._verify_documents(eos_tokens)
         yield "documents.npy", 24 * self.manifest.documents
+        if self.manifest.origins_sha256:
+            yield "sources.jsonl", self._verify_text("sources.jsonl", self.manifest.source["sources_sha256"])
+            self._verify_digest("origins.npy", self.origins, self.manifest.origins_sha256)
+            yield "origins.npy", 16 * self.manifest.documents
         if self.manifest.rejected_sha256:
-            yield "rejected.jsonl", self._verify_rejected()
+            yield "rejected.jsonl", self._verify_text("rejected.jsonl", self.manifest.rejected_sha256)
 
     def _verify_tokenizer(self) -> int:
         """Check the tokenizer; its bytes."""
@@ -200,6 +218,8 @@ class TokenStream:
         known = {"stream.json", "documents.npy", *(shard["name"] for shard in self.manifest.shards)}
         if self.manifest.tokenizer:
             known.add("tokenizer.model")
+        if self.manifest.origins_sha256:
+            known |= {"sources.jsonl", "origins.npy"}
         if self.manifest.rejected_sha256:
             known.add("rejected.jsonl")
         if extra := {path.name for path in self.directory.iterdir()} - known:
@@ -229,14 +249,14 @@ class TokenStream:
         if records.pop("read") != sum(records.values()):
             raise StreamError(f"{self.directory}/stream.json: records read are not kept + empty + rejected")
 
-    def _verify_rejected(self) -> int:
-        """Check the list of rejected records; its bytes."""
-        path = self.directory / "rejected.jsonl"
+    def _verify_text(self, name: str, sha256: str) -> int:
+        """Check a file of lines; its bytes."""
+        path = self.directory / name
         if not path.is_file():
             raise StreamError(f"{path}: is missing; copy it again or build the stream again")
-        rejected = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
-        self._verify_digest("rejected.jsonl", rejected, self.manifest.rejected_sha256)
-        return len(rejected)
+        data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+        self._verify_digest(name, data, sha256)
+        return len(data)
 
     def _verify_digest(self, name: str, array: npt.NDArray[Any], expected: str) -> None:
         """Check the sha256 of an array's bytes, of any shape and dtype."""

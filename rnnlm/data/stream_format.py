@@ -4,10 +4,13 @@
     tokenizer.model      the model that made the tokens
     shard-00000.npy ...  tokens, all documents in order, each ended by EOS; uint16, or uint32 above 65,536 pieces
     documents.npy        int64 (documents, 3): running totals of tokens, UTF-8 bytes of the text, words
+    sources.jsonl        the input files in the order of the corpus, one a line
+    origins.npy          int64 (documents, 2): line of sources.jsonl, byte or row where the document starts in that file
     rejected.jsonl       if any record was rejected or repaired: {"file", "at", "reason"} a line; `at` is a byte or row
 
 An adopted stream (adopt.py) has links to another program's raw tokens instead, shard-00000.bin, without a header and
-unsigned of any width; tokenizer.model only if one was given; and 0, unknown, for all bytes and words.
+unsigned of any width; tokenizer.model only if one was given; 0, unknown, for all bytes and words; and no origins.
+A stream of version 2 has none either: it lists its input files in the manifest.
 
 Everything is plain `.npy`, so ten lines of numpy read it. A file's digest is over the bytes behind its header, since
 the header holds the final count; the header is compared with the only one that dtype and count allow. The price of
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,8 @@ from rnnlm.errors import UserError
 from rnnlm.hashing import json_digest
 
 FORMAT = "rnnlm-stream"
-VERSION = 2
+VERSION = 3
+LATER_FIELDS = ("sources", "origins_sha256")  # of the manifest, since version 3
 HEADER_BYTES = 128  # numpy pads headers to 64; ours always fit into 128
 MANIFEST_BYTES = 2**26  # no manifest is larger: 10,000 shards take 2 MB
 
@@ -35,7 +39,7 @@ class StreamError(UserError):
     """A stream that is missing, damaged, or not what its manifest says."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What stream.json holds; `digest` is the sha256 of the rest and stands for the whole stream."""
 
@@ -51,9 +55,12 @@ class Manifest:
     records: Mapping[str, int]  # read = kept + empty + duplicate + rejected, each rejection under its reason
     mended: int  # documents repaired: kept with U+FFFD in place of invalid UTF-8
     source: Mapping[str, Any]  # what it was built from: same source, same stream
+    sources: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # name -> documents, text_bytes, tokens
     shards: list[dict[str, Any]]  # name, tokens, sha256
     documents_sha256: str
+    origins_sha256: str = ""  # empty: adopted, or of version 2
     rejected_sha256: str  # of rejected.jsonl; empty if there is none
+    version: int = VERSION
     digest: str = ""
 
     @property
@@ -63,8 +70,9 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest as text, its digest in it."""
-        body = {"format": FORMAT, "version": VERSION, **self.__dict__}
-        del body["digest"]
+        body = {"format": FORMAT, "version": self.version, **self.__dict__}
+        for name in ("digest", *(LATER_FIELDS if self.version < VERSION else ())):
+            del body[name]
         return json.dumps({**body, "digest": json_digest(body)}, indent=1)
 
     @classmethod
@@ -90,34 +98,39 @@ class Manifest:
 
         if not usable:
             raise StreamError(f"{path}: larger than any manifest, or no file; build the stream again")
-        if (body.pop("format", None), body.pop("version", None)) != (FORMAT, VERSION):
+        version = body.pop("version", None)
+        if body.pop("format", None) != FORMAT or version not in (2, VERSION):
             raise StreamError(f"{path}: not a stream of format {FORMAT} version {VERSION}; build it again")
         digest = body.pop("digest", None)
         if digest != computed:
             raise StreamError(f"{path}: was changed since it was written (its digest differs); build the stream again")
-        if wrong := _wrong_field(body):
+        if wrong := _wrong_field(body, version):
             raise StreamError(f"{path}: its {wrong} is not what a stream has; build the stream again")
 
         # the digest is over values alone: other white space or order of keys, or a key given twice, would not show
-        manifest = cls(**body, digest=digest)
+        manifest = cls(**body, version=version, digest=digest)
         if manifest.to_json() != text:
             raise StreamError(f"{path}: was changed since it was written (its layout differs); build the stream again")
         return manifest
 
 
-def _wrong_field(body: Mapping[str, Any]) -> str:
+def _wrong_field(body: Mapping[str, Any], version: int) -> str:
     """The first field of a manifest that is missing, unknown, or of a type or size that no stream has; or nothing."""
     counts = ("vocab_size", "tokens", "documents", "text_bytes", "words", "unknown_tokens", "mended")
+    digests = ("tokenizer", "documents_sha256", "origins_sha256", "rejected_sha256")
     rules: dict[str, Callable[[Any], bool]] = {
         **dict.fromkeys(counts, _is_count),
-        **dict.fromkeys(("tokenizer", "documents_sha256", "rejected_sha256"), lambda value: isinstance(value, str)),
+        **dict.fromkeys(digests, lambda value: isinstance(value, str)),
         "dtype": lambda value: value in ("|u1", "<u2", "<u4", "<u8"),
         "eos_id": lambda value: value == -1 or _is_count(value),
         "records": lambda value: isinstance(value, dict) and "read" in value and all(map(_is_count, value.values())),
         "source": lambda value: isinstance(value, dict) and _is_count(value.get("eos_tokens", 0)),
+        "sources": lambda value: isinstance(value, dict) and all(map(_is_source, value.values())),
         "shards": lambda value: isinstance(value, list) and len(value) > 0 and all(map(_is_shard, value)),
     }
 
+    if version < VERSION:
+        rules = {name: rule for name, rule in rules.items() if name not in LATER_FIELDS}
     for name in {**body, **rules}:
         if name not in body or name not in rules or not rules[name](body[name]):
             return repr(name)[:100]  # an unknown one may be of any length
@@ -126,6 +139,11 @@ def _wrong_field(body: Mapping[str, Any]) -> str:
 
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**60  # sizes in bytes fit into 64 bits
+
+
+def _is_source(value: object) -> bool:
+    counts = {"documents", "text_bytes", "tokens"}
+    return isinstance(value, dict) and {*value} == counts and all(map(_is_count, value.values()))
 
 
 def _is_shard(value: object) -> bool:

@@ -30,7 +30,7 @@ def test_the_bytes_of_a_three_token_stream(tmp_path: Path, tokenizer: Tokenizer)
     assert np.load(tmp_path / "s/shard-00000.npy").tolist() == [299, 256, 1]
     assert np.load(tmp_path / "s/documents.npy").tolist() == [[3, 5, 2]]
     manifest = json.loads((tmp_path / "s/stream.json").read_text())
-    assert (manifest["format"], manifest["version"], manifest["tokens"]) == ("rnnlm-stream", 2, 3)
+    assert (manifest["format"], manifest["version"], manifest["tokens"]) == ("rnnlm-stream", 3, 3)
     assert not (tmp_path / "s.partial").exists()
 
 
@@ -77,7 +77,9 @@ def test_ten_lines_of_numpy_read_it(streams: Path, corpus: Path) -> None:
 
 def test_a_right_stream_verifies_and_documents_add_up(train_stream: TokenStream) -> None:
     names = [name for name, _ in train_stream.verify()]
-    assert names == ["tokenizer.model", "shard-00000.npy", "shard-00001.npy", "documents.npy"]
+    assert names == [
+        "tokenizer.model", "shard-00000.npy", "shard-00001.npy", "documents.npy", "sources.jsonl", "origins.npy"
+    ]  # fmt: skip
     totals = train_stream.documents
     assert totals[-1].tolist() == [len(train_stream), train_stream.manifest.text_bytes, train_stream.manifest.words]
     assert (np.diff(totals, axis=0) > 0).all()

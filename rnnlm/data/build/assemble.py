@@ -31,22 +31,27 @@ from rnnlm.data.build.external_sort import (
     spill_path,
     spill_shuffled,
 )
-from rnnlm.data.build.units import (
-    TO_VALID,
+from rnnlm.data.build.inputs import Inputs
+from rnnlm.data.build.unit_file import (
+    LEVEL,
+    LEVELS,
     Array,
     Selection,
     UnitFile,
+    origins_of,
     rejected_path,
     sizes_of,
     tokens_of,
     write_json,
 )
+from rnnlm.data.build.units import UnitOptions
 from rnnlm.data.jobs import Job
 from rnnlm.data.stream_format import Manifest
 from rnnlm.data.stream_writer import commit, write_array, write_shard
 from rnnlm.data.tokenizer import Tokenizer, token_dtype
 from rnnlm.errors import UserError
 
+ALL, TO_TRAIN, TO_VALID = range(LEVELS), range(1), range(1, LEVELS)  # levels
 SPAN_HASHES = 2**19  # of documents sorted at once
 SPAN_TOKENS = 2**24  # of documents shuffled at once, about, and of a unit of shuffled ones, or
 SPAN_DOCUMENTS = 2**18
@@ -72,9 +77,22 @@ class BuildContext:
         """Whether some of this split's documents go to the valid stream."""
         return split == "train" and not as_list(self.config.corpus.valid) and self.config.stream.valid_fraction > 0
 
+    def unit_options(self, split: str) -> UnitOptions:
+        """What shapes the units of a split."""
+        corpus, stream = self.config.corpus, self.config.stream
+        fraction = stream.valid_fraction if self.holds_out(split) else 0.0
+        return UnitOptions(fraction, stream.split_seed, corpus.max_whole_bytes, corpus.deduplicate)
+
     def stream_path(self, split: str) -> Path:
         """Where the stream of a split lies."""
         return Path(self.config.stream.directory) / split
+
+
+class UnitOfFiles(NamedTuple):
+    """A unit file, and the number of its first input file in sources.jsonl."""
+
+    path: Path
+    first_file: int
 
 
 class FileTask(NamedTuple):
@@ -107,7 +125,8 @@ class Assembler:
     context: BuildContext
     tokenizer: Tokenizer
     source: dict[str, Any]  # for the manifests
-    units: dict[str, list[Path]]  # by split, in the order of the corpus
+    inputs: Inputs
+    units: dict[str, list[UnitOfFiles]]  # by split, in the order of the corpus
     pool: WorkerPool
 
     def run(self, targets: Sequence[str]) -> dict[str, Manifest]:
@@ -140,28 +159,31 @@ class Assembler:
     def _select(self) -> tuple[dict[str, list[Selection]], dict[str, dict[str, int]]]:
         """By stream: what is selected of each unit, and the counts of its records."""
         selections, records = {}, {}
-        for split, paths in self.units.items():
-            footers = [UnitFile(path).footer for path in paths]
-            found = self._select_units(split, paths, footers)
-            for to_valid, target in enumerate((split, "valid") if self.context.holds_out(split) else (split,)):
-                selections[target] = [selection for selection in found if selection.to_valid == to_valid]
-                records[target] = _count_records(footers, selections[target], to_valid)
+        for split, units in self.units.items():
+            opened = [UnitFile(path) for path, _ in units]
+            targets = {split: TO_TRAIN, "valid": TO_VALID} if self.context.holds_out(split) else {split: ALL}
+            found = self._select_units(split, opened, list(targets.values()))
+            for target, levels in targets.items():
+                selections[target] = [selection for selection in found if selection.levels == levels]
+                records[target] = _count_records(opened, selections[target], levels)
         return selections, records
 
-    def _select_units(self, split: str, paths: Sequence[Path], footers: Sequence[dict[str, Any]]) -> list[Selection]:
-        """What each unit gives to each side of the split."""
+    def _select_units(self, split: str, opened: Sequence[UnitFile], targets: Sequence[range]) -> list[Selection]:
+        """What each unit gives to each range of levels."""
         dropped = list[Path]()
         if self.context.config.corpus.deduplicate:
-            dropped = self._deduplicate(split, cut_spans(paths, [footer["rows"] for footer in footers], SPAN_HASHES))
+            sizes = [unit.footer["rows"] for unit in opened]
+            dropped = self._deduplicate(split, cut_spans([unit.path for unit in opened], sizes, SPAN_HASHES))
 
         selections, number = [], 0
-        for path, footer in zip(paths, footers, strict=True):
-            last = number + footer["rows"]
+        for unit, (_, first_file) in zip(opened, self.units[split], strict=True):
+            last = number + unit.footer["rows"]
             of_unit = tuple(dropped[number // SPAN_HASHES : -(-last // SPAN_HASHES)])
-            lost = _dropped_totals(path, number, of_unit)
-            for to_valid in (0, 1):
-                documents, tokens, text_bytes, words = (np.array(footer["totals"][to_valid]) - lost[to_valid]).tolist()
-                selections.append(Selection(path, to_valid, (documents, tokens, text_bytes, words), number, of_unit))
+            left = unit.totals - _dropped_totals(unit, number, of_unit)
+            for levels in targets:
+                documents, tokens, text_bytes, words = left[levels.start : levels.stop].sum(0).tolist()
+                totals = (documents, tokens, text_bytes, words)
+                selections.append(Selection(unit.path, levels, totals, number, of_unit, first_file))
             number = last
         return selections
 
@@ -221,12 +243,31 @@ class Assembler:
             mended=records["repaired"],
             source=self.source,
             shards=shards,
+            sources=self._count_sources(selections),
             documents_sha256=write_array(partial / "documents.npy", _running_totals(selections), "<i8", (3,))[1],
+            origins_sha256=write_array(partial / "origins.npy", _origins(selections), "<i8", (2,))[1],
             rejected_sha256=self._write_rejected(target, partial / "rejected.jsonl"),
         )
 
         files.write(partial / "tokenizer.model", Path.write_bytes, self.tokenizer.model)
+        files.write(partial / "sources.jsonl", _write_lines, self.inputs.lines())
         return commit(partial, self.context.stream_path(target), manifest)
+
+    def _count_sources(self, selections: Iterable[Selection]) -> dict[str, dict[str, int]]:
+        """Documents, bytes and tokens of each named source, of all that has any."""
+        groups = self.inputs.groups()  # by line of sources.jsonl
+        names = sorted(set(groups))
+        group_of = np.array([names.index(group) for group in groups])
+        counts = np.zeros((len(names), 1 + LEVEL), np.int64)
+        for selection in selections:
+            for sizes, origins in zip(sizes_of(selection), origins_of(selection), strict=True):
+                np.add.at(counts, group_of[origins[:, 0]], np.column_stack([np.ones(len(sizes), np.int64), sizes]))
+
+        return {
+            name: {"documents": documents, "text_bytes": text_bytes, "tokens": tokens}
+            for name, (documents, tokens, text_bytes, _) in zip(names, counts.tolist(), strict=True)
+            if documents
+        }
 
     def _write_shards(self, partial: Path, selections: Sequence[Selection], tokens: int) -> list[dict[str, Any]]:
         """What the manifest says of each shard, with its count of unknown tokens."""
@@ -243,7 +284,7 @@ class Assembler:
 
     def _write_rejected(self, target: str, path: Path) -> str:
         """Join the lists of the units that were read for this stream; the digest, or nothing if there are none."""
-        listed = [rejected_path(unit) for unit in self.units.get(target, []) if rejected_path(unit).exists()]
+        listed = [rejected_path(path) for path, _ in self.units.get(target, []) if rejected_path(path).exists()]
         if not listed:
             return ""
         sha256 = hashlib.sha256()
@@ -269,37 +310,39 @@ def _sum_totals(selections: Sequence[Selection]) -> tuple[int, int, int, int]:
 def _select_all(path: Path) -> Selection:
     """All documents of a shuffled unit file, which has no totals in its footer."""
     sums = np.zeros(4, np.int64)
-    for sizes in sizes_of(Selection(path, 0, (0, 0, 0, 0))):
+    for sizes in sizes_of(Selection(path, ALL, (0, 0, 0, 0))):
         sums += [len(sizes), *sizes.sum(0)]
     documents, tokens, text_bytes, words = sums.tolist()
-    return Selection(path, 0, (documents, tokens, text_bytes, words))
+    return Selection(path, ALL, (documents, tokens, text_bytes, words))
 
 
-def _dropped_totals(path: Path, number: int, dropped: Sequence[Path]) -> Array:
+def _dropped_totals(unit: UnitFile, number: int, dropped: Sequence[Path]) -> Array:
     """Totals of the documents that are dropped from a unit, whose first document has `number`.
 
     Returns:
-        (2, 4) int64: not to valid and to valid; documents, TOKENS, BYTES, WORDS.
+        (LEVELS, 4) int64: by level; documents, TOKENS, BYTES, WORDS.
     """
-    lost = np.zeros((2, 1 + TO_VALID), np.int64)
+    lost = np.zeros((LEVELS, 1 + LEVEL), np.int64)
     if dropped:
-        rows = UnitFile(path).rows
+        rows = unit.rows
         for numbers in (np.load(each, mmap_mode="r") for each in dropped):
-            gone = np.array(numbers[slice(*np.searchsorted(numbers, [number, number + len(rows)]))]) - number
-            for to_valid in (0, 1):
-                here = rows[gone]
-                here = here[here[:, TO_VALID] == to_valid, :TO_VALID]
-                lost[to_valid] += [len(here), *here.sum(0)]
+            gone = rows[np.array(numbers[slice(*np.searchsorted(numbers, [number, number + len(rows)]))]) - number]
+            for level in np.unique(gone[:, LEVEL]):
+                here = gone[gone[:, LEVEL] == level, :LEVEL]
+                lost[level] += [len(here), *here.sum(0)]
     return lost
 
 
-def _count_records(footers: Sequence[dict[str, Any]], selections: Sequence[Selection], to_valid: int) -> dict[str, int]:
-    """Counts of records for the manifest of one side of a split; `repaired` are among those kept."""
-    counted: Counter[str] = sum((Counter(footer["records"]) for footer in footers), Counter())
-    here, there = (sum(footer["totals"][side][0] for footer in footers) for side in (to_valid, 1 - to_valid))
+def _count_records(opened: Sequence[UnitFile], selections: Sequence[Selection], levels: range) -> dict[str, int]:
+    """Counts of records for the manifest of some levels of a split; `repaired` are among those kept."""
+    counted: Counter[str] = sum((Counter(unit.footer["records"]) for unit in opened), Counter())
+    by_level = sum((unit.totals[:, 0] for unit in opened), np.zeros(LEVELS, np.int64))  # documents
+    here = int(by_level[levels.start : levels.stop].sum())
+    there = int(by_level.sum()) - here
     kept = _sum_totals(selections)[0]
 
     # what is no document was read for the split itself; the valid stream has read what is its own
+    to_valid = levels.start > 0
     rejected = {} if to_valid else {name: n for name, n in counted.items() if name not in ("read", "kept", "empty")}
     records = {
         "read": here if to_valid else counted["read"] - there,
@@ -309,7 +352,7 @@ def _count_records(footers: Sequence[dict[str, Any]], selections: Sequence[Selec
         **dict(sorted(rejected.items())),
     }
     assert records["read"] == sum(records.values()) - records["read"], records
-    return {**records, "repaired": sum(footer["repaired"][to_valid] for footer in footers)}
+    return {**records, "repaired": sum(int(unit.repaired[levels.start : levels.stop].sum()) for unit in opened)}
 
 
 def _running_totals(selections: Iterable[Selection]) -> Iterator[Array]:
@@ -320,6 +363,17 @@ def _running_totals(selections: Iterable[Selection]) -> Iterator[Array]:
             totals = before + np.cumsum(sizes, axis=0)
             yield totals
             before = totals[-1] if len(totals) else before
+
+
+def _origins(selections: Iterable[Selection]) -> Iterator[Array]:
+    """(documents, 2) int64, line of sources.jsonl and place in that file of each document; some at a time."""
+    for selection in selections:
+        yield from origins_of(selection)
+
+
+def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
+    with path.open("wb") as file:
+        file.writelines(lines)
 
 
 def _remove_files(paths: Iterable[Path]) -> None:

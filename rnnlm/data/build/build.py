@@ -28,9 +28,11 @@ from tqdm import tqdm
 
 from rnnlm import files
 from rnnlm.config import Config, as_list
-from rnnlm.data.build.assemble import SPAN_DOCUMENTS, SPAN_HASHES, SPAN_TOKENS, Assembler, BuildContext
+from rnnlm.data.build.assemble import SPAN_DOCUMENTS, SPAN_HASHES, SPAN_TOKENS, Assembler, BuildContext, UnitOfFiles
 from rnnlm.data.build.executor import WorkerPool, dask_pool, process_pool
-from rnnlm.data.build.units import write_json, write_unit
+from rnnlm.data.build.inputs import Inputs
+from rnnlm.data.build.unit_file import write_json
+from rnnlm.data.build.units import write_unit
 from rnnlm.data.documents import Rejected, read
 from rnnlm.data.encoder import Encoder
 from rnnlm.data.jobs import Job, jobs
@@ -58,7 +60,8 @@ def encode_job(context: BuildContext, job: Job) -> None:
     for number, items in read(job, context.config.corpus):
         path = context.unit_path(job, number)
         if job.owns(number) and not path.exists():
-            write_unit(path, items, context.holds_out(job.split), context.config, _local.encoder)
+            names = [source.name for source in job.sources]
+            write_unit(path, items, names, context.unit_options(job.split), _local.encoder)
         passed.append(number)
     if job.stride:
         write_json(context.listing_path(job), passed)
@@ -90,15 +93,16 @@ class Build:
         stamps = [[file.path, file.stamp] for inputs in self.inputs.values() for file in inputs]
         other = {"on_bad_record": on_bad_record, "unit_bytes": self.config.corpus.unit_bytes, "stamps": stamps}
         other["spans"] = [SPAN_HASHES, SPAN_TOKENS, SPAN_DOCUMENTS]  # spill files of other sizes are of no use
-        return Path(self.config.stream.directory) / "build.partial" / json_digest({**self.source(), **other})[:16]
+        return Path(self.config.stream.directory) / "build.partial" / json_digest({**self._options(), **other})[:16]
 
     def source(self) -> dict[str, Any]:
         """What the streams are made from; recorded in the manifest, so that a finished build is known again."""
-        corpus, stream = self.config.corpus, self.config.stream
+        return {"sources_sha256": Inputs(self.inputs).digest(), **self._options()}
 
-        # what changes the units alone, as unit_bytes, is missing: it changes no stream
+    def _options(self) -> dict[str, Any]:
+        """The options that a stream depends on; what changes the units alone, as unit_bytes, changes no stream."""
+        corpus, stream = self.config.corpus, self.config.stream
         return {
-            "files": {split: [[file.name, file.size] for file in inputs] for split, inputs in self.inputs.items()},
             "document": corpus.document,
             "field": corpus.field,
             "on_bad_record": corpus.on_bad_record,
@@ -168,8 +172,8 @@ class Build:
             self._encode(own_jobs, pool, progress)
             if tasks > 1:  # the streams are for the one command without build.task
                 return {}
-            units = {split: self._unit_paths(split) for split in self.inputs}
-            assembler = Assembler(self.context, self.tokenizer, self.source(), units, pool)
+            units = {split: self._units_of(split) for split in self.inputs}
+            assembler = Assembler(self.context, self.tokenizer, self.source(), Inputs(self.inputs), units, pool)
             manifests = assembler.run(sorted(set(self.splits) - set(done)))
             shutil.rmtree(self.context.work.parent)
         return {**done, **manifests}
@@ -237,19 +241,20 @@ class Build:
         for job in failed:
             begin = job.unit * self.config.corpus.unit_bytes
             rejected = [Rejected(source.name, begin, "its worker was killed") for source in job.sources]
-            write_unit(self.context.unit_path(job, job.unit), rejected, False, self.config, Encoder(self.tokenizer))
+            path, names = self.context.unit_path(job, job.unit), [source.name for source in job.sources]
+            write_unit(path, rejected, names, self.context.unit_options(job.split), Encoder(self.tokenizer))
 
     def _range(self, job: Job) -> str:
         begin = job.unit * self.config.corpus.unit_bytes
         return "any of its units" if job.stride else f"bytes {begin:,} to {begin + job.bytes(self.config.corpus):,}"
 
-    def _unit_paths(self, split: str) -> list[Path]:
+    def _units_of(self, split: str) -> list[UnitOfFiles]:
         """All unit files of a split, in the order of the corpus."""
-        paths = []
+        units, first_file = [], Inputs(self.inputs).first_line(split)
         for job in jobs(split, self.inputs[split], self.config.corpus, 1):
             numbers = json.loads(self.context.listing_path(job).read_bytes()) if job.stride else [job.unit]
-            paths += [self.context.unit_path(job, number) for number in numbers]
-        return paths
+            units += [UnitOfFiles(self.context.unit_path(job, number), first_file + job.file) for number in numbers]
+        return units
 
 
 def parse_task(text: str) -> tuple[int, int]:

@@ -23,11 +23,12 @@ from typing import IO, Any
 import numpy as np
 
 from rnnlm import files
-from rnnlm.data.build.units import (
+from rnnlm.data.build.unit_file import (
     COPY_ROWS,
     COPY_TOKENS,
+    FILE,
     HASH,
-    TO_VALID,
+    LEVEL,
     TOKENS,
     Array,
     Selection,
@@ -37,9 +38,9 @@ from rnnlm.data.build.units import (
 from rnnlm.data.stream_writer import write_array
 from rnnlm.hashing import permuted
 
-# columns of a document that is shuffled, behind TOKENS, BYTES, WORDS: its new place, where its tokens begin, and in
-# which of the files
-PLACE, BEGIN, OWNER = 3, 4, 5
+# columns of a document that is shuffled: its new place in place of its level; FILE as a line of sources.jsonl; behind
+# AT where its tokens begin, and in which of the unit files
+PLACE, BEGIN, OWNER = LEVEL, HASH, HASH + 1
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def spill_shuffled(path: Path, span: Span, total: int, seed: int) -> None:
             taken = slice(max(0, span.first - at), max(0, span.last - at))
             at += len(rows)
             rows, begins = rows[taken], begins[taken]
-            found.append(np.column_stack([rows, np.zeros(len(rows), np.int64), begins, np.full(len(rows), owner)]))
+            found.append(np.column_stack([rows, begins, np.full(len(rows), owner)]))
             if at >= span.last:
                 break
 
@@ -160,12 +161,14 @@ def spill_shuffled(path: Path, span: Span, total: int, seed: int) -> None:
 
 
 def _rows_and_begins(selection: Selection) -> Iterator[tuple[Array, Array]]:
-    """Of the selected documents, some at a time: TOKENS, BYTES, WORDS (n, 3) int64; their first tokens, (n,) int64."""
+    """Of the selected documents, some at a time: their rows (n, HASH) int64; their first tokens, (n,) int64."""
     before = 0
     for rows, chosen in selection.blocks(UnitFile(selection.path).rows):
         ends = before + np.cumsum(rows[:, TOKENS])
         before = int(ends[-1])
-        yield rows[chosen, :PLACE], (ends - rows[:, TOKENS])[chosen]
+        taken = rows[chosen, :HASH]
+        taken[:, FILE] += selection.first_file
+        yield taken, (ends - rows[:, TOKENS])[chosen]
 
 
 def gather_shuffled(stem: Path, spans: int, first: int, last: int, path: Path) -> None:
@@ -195,7 +198,7 @@ def _write_documents(path: Path, documents: Array, paths: Sequence[Path], spill:
 
         documents[:, BEGIN] = begins
         if not spill:
-            documents[:, TO_VALID] = 0  # the same column as PLACE
+            documents[:, LEVEL] = 0  # the same column as PLACE
         rows = documents[:, : OWNER if spill else HASH]
         file.seek(int(ends[-1]) * dtype.itemsize)
         file.write(np.ascontiguousarray(rows).data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
 import time
@@ -69,8 +70,8 @@ def digests(directory: Path) -> dict[str, str]:
 
 
 def digests_of_arrays(directory: Path) -> dict[str, str]:
-    """Of its shards and documents alone: the manifest also holds what the stream was built from."""
-    return {name: digest for name, digest in digests(directory).items() if name.endswith(".npy")}
+    """Of its shards and documents alone: others also tell from which files it was built."""
+    return {name: each for name, each in digests(directory).items() if re.search(r"(shard-\d+|documents)\.npy$", name)}
 
 
 def build_whole(text: Path, directory: Path, tokenizer: Tokenizer) -> dict[str, str]:
