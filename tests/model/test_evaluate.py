@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_text
 
-from rnnlm.config import ModelConfig
+from rnnlm.config import Config, CorpusConfig, ModelConfig, StreamConfig
+from rnnlm.data.build.build import Build
 from rnnlm.data.stream import TokenStream
 from rnnlm.model.evaluate import WARM_UP, evaluate
 from rnnlm.model.language_model import RecurrentLM
