@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from rnnlm.data.ring import Positions, Ring
 from rnnlm.data.stream import TokenStream
-from rnnlm.data.substreams import SubstreamDataset
+from rnnlm.data.stream_format import Manifest
+from rnnlm.data.stream_sources import SourceMap
+from rnnlm.data.substreams import Batch, SubstreamDataset
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.model.layers import Hidden
 
@@ -42,6 +44,7 @@ class Evaluation:
     documents: int
     count_eos: bool
     batch_size: int
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)  # figures of each, where the corpus names several
 
     @property
     def loss(self) -> float:
@@ -83,13 +86,14 @@ def evaluate(
         batch_size: substreams; fewer where the stream has fewer tokens.
         count_eos: whether ends of documents are scored and counted.
         process, processes: this process computes blocks process, process + processes, ...
-        gather: adds up a (batch_size,) fp64 tensor over the processes; in each all rows but its own are zero.
+        gather: adds up a (batch_size, sources) fp64 tensor over the processes; in each all rows but its own are zero.
         beat: called after every batch, and as often by processes that have none left.
     """
     rows = min(batch_size, len(stream))
     ring = Ring(len(stream), rows, WINDOW)
     device = model.embedding.weight.device
-    sums = torch.zeros(rows, dtype=torch.float64, device=device)
+    sources = SourceMap(stream) if len(stream.manifest.sources) > 1 else None
+    sums = torch.zeros(rows, len(sources.names) if sources else 1, dtype=torch.float64, device=device)
 
     for turn in range(0, rows, processes * BLOCK_ROWS):
         first = turn + process * BLOCK_ROWS
@@ -106,20 +110,44 @@ def evaluate(
             if not count_eos:
                 targets = targets.masked_fill(targets == stream.manifest.eos_id, -1)
             losses, hidden = model.token_losses(inputs, hidden, targets)
-            sums[first:last] += losses.double().sum(dim=1)
+            sums[first:last] += _sum_by_source(losses.double(), batch, sources)
             beat()
 
     manifest = stream.manifest
+    nats = gather(sums)  # (batch_size, sources)
     ends = manifest.eos_tokens if count_eos else 0
     return Evaluation(
-        nats=math.fsum(gather(sums).tolist()),
+        nats=math.fsum(nats.flatten().tolist()),
         scored_tokens=manifest.tokens - (0 if count_eos else manifest.eos_tokens),
         words=manifest.words + ends if manifest.text_bytes else None,
         text_bytes=manifest.text_bytes or None,
         documents=manifest.documents,
         count_eos=count_eos,
         batch_size=batch_size,
+        sources=_figures_by_source(nats, manifest, count_eos) if sources else {},
     )
+
+
+def _sum_by_source(losses: Tensor, batch: Batch, sources: SourceMap | None) -> Tensor:
+    """(B, sources) the sums of losses, (B, T) fp64, by the source that the target's document is from."""
+    if sources is None:
+        return losses.sum(dim=1, keepdim=True)
+    positions = batch.positions[:, None] + 1 + torch.arange(losses.shape[1])  # (B, T) of the targets
+    of_target = torch.from_numpy(sources.at(positions.numpy())).to(losses.device)
+    each = [losses.masked_fill(of_target != number, 0).sum(dim=1) for number in range(len(sources.names))]
+    return torch.stack(each, dim=1)
+
+
+def _figures_by_source(nats: Tensor, manifest: Manifest, count_eos: bool) -> dict[str, dict[str, Any]]:
+    """Of each source with tokens in the stream: loss, bits per byte, and the counts behind them."""
+    found = {}
+    for number, (name, counts) in enumerate(manifest.sources.items()):
+        tokens = counts["tokens"] - (0 if count_eos else counts["documents"])
+        if tokens:
+            total = math.fsum(nats[:, number].tolist())
+            bits = total / math.log(2) / counts["text_bytes"] if counts["text_bytes"] else None
+            found[name] = {"loss": total / tokens, "bits_per_byte": bits, "nats": total, "scored_tokens": tokens}
+    return found
 
 
 def _warm_up(model: RecurrentLM, stream: TokenStream, begins: Positions) -> Hidden:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_text
 
-from rnnlm.config import ModelConfig
+from rnnlm.config import Config, CorpusConfig, ModelConfig, StreamConfig
+from rnnlm.data.build.build import Build
 from rnnlm.data.stream import TokenStream
 from rnnlm.model.evaluate import WARM_UP, evaluate
 from rnnlm.model.language_model import RecurrentLM
+from rnnlm.texts import NamedSource
 
 
 @pytest.fixture
@@ -105,3 +110,31 @@ def test_where_a_stream_is_cut_hardly_matters(model: RecurrentLM, streams) -> No
     stream = TokenStream(streams / "valid")
     whole = evaluate(model, stream, 1, True).loss
     assert evaluate(model, stream, 30, True).loss == pytest.approx(whole, rel=1e-6)
+
+
+def test_each_source_of_the_corpus_has_its_own_figures(model: RecurrentLM, tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Against a sum over the tokens of each document, one after the other."""
+    for seed, name in enumerate(("plays", "letters", "unused")):
+        (tmp_path / name).write_text("\n".join(make_text(60 if seed < 2 else 1, seed)))
+    corpus = CorpusConfig(train={name: NamedSource(str(tmp_path / name)) for name in ("plays", "letters", "unused")})
+    config = Config(corpus=corpus, stream=StreamConfig(directory=str(tmp_path / "streams"), valid_fraction=0.3))
+    Build(config, tokenizer).run(lambda size: None)
+
+    stream = TokenStream(tmp_path / "streams/valid")
+    tokens = torch.from_numpy(stream.windows(np.array([0]), len(stream) + 1).astype(np.int64))
+    losses = model.token_losses(tokens[:, :-1], model.zero_hidden(1), tokens[:, 1:])[0][0].double()
+    losses = losses.roll(1)  # of each token as a target; the ring's last input predicts the first one
+    expected = {"plays": 0.0, "letters": 0.0, "unused": 0.0}
+    begin, lines = 0, (stream.directory / "sources.jsonl").read_text().splitlines()
+    for (line, _), (end, _, _) in zip(stream.origins.tolist(), stream.documents.tolist(), strict=True):
+        expected[json.loads(lines[line])["source"]] += float(losses[begin:end].sum())
+        begin = end
+
+    for rows in (1, 7):
+        found = evaluate(model, stream, rows, True)
+        assert {name: each["nats"] for name, each in found.sources.items()} == pytest.approx(
+            {name: nats for name, nats in expected.items() if nats}, rel=1e-4
+        )
+        assert sum(each["scored_tokens"] for each in found.sources.values()) == found.scored_tokens == len(stream)
+        assert sum(each["nats"] for each in found.sources.values()) == pytest.approx(found.nats)
+    assert len(evaluate(model, stream, 7, False).sources) >= 2
