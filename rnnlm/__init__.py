@@ -2,7 +2,7 @@
 
 Import what you need from the module that owns it, for example ``from rnnlm.data.stream import TokenStream``. The
 folders, each importing only from those before it: this one (errors, hashing, machine, files, knob, texts, config,
-yaml_file, key_names, arguments, cli), data, data.build, model, checkpoint, train. Within a folder the order stands in
+faults, yaml_file, key_names, arguments, cli), data, data.build, model, checkpoint, train. Within a folder the order stands in
 its ``__init__.py``.
 """
 

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args, get_origin
 from rnnlm.arguments import FLAGS, Option, faults_of, list_text, split_command_line, warnings_of
 from rnnlm.config import Config, is_list, knobs, types
 from rnnlm.errors import UserError
+from rnnlm.faults import find_faults
 from rnnlm.key_names import READERS, unknown_key
 from rnnlm.knob import closest
 from rnnlm.texts import SPLITS, faults_of_texts
@@ -57,7 +58,7 @@ def read_config(
     if of_run and "help" not in {option.key for option in options}:
         contents = _with_record(contents, options)
     config = _parse(sections, doc, contents, options)
-    _raise([*_lists_that_are_texts(config), *config.faults()])
+    _raise([*_lists_that_are_texts(config), *find_faults(config)])
 
     for warning in warnings_of(options) if is_first_here() else ():
         print(f"warning: {warning}", file=sys.stderr)

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rnnlm.knob import Knob, knob
-from rnnlm.texts import SPLITS, Texts, faults_of_texts, named_sources
+from rnnlm.texts import Texts, named_sources
 
 # What a run is made of, by name; register_layer, register_head and register_optimizer append here.
 CELLS = ["lstm", "gru", "rnn"]
@@ -326,83 +326,6 @@ class Config:
     generate: GenerateConfig = GenerateConfig()
     run: RunConfig = RunConfig()
 
-    def faults(self) -> list[str]:
-        """Every value that cannot work, as `section.key=value: what is expected`."""
-        declared, values = knobs(), self.flat()
-        found = [fault for key, value in values.items() if (fault := declared[key].fault(key, value))]
-        if None in values.values():
-            return found  # what follows computes with them
-        parts = (
-            self._corpus_faults,
-            self._tokenizer_faults,
-            self._accumulation_faults,
-            self._slice_faults,
-            self._change_faults,
-        )
-        return found + [fault for part in parts for fault in part()]
-
-    def _tokenizer_faults(self) -> list[str]:
-        kept, rules = self.tokenizer.keep_whitespace, self.tokenizer.normalization
-        if not kept or not rules.startswith("nmt_"):
-            return []
-        found = f"tokenizer.normalization={rules}: makes spaces of line ends and tabs, which"
-        return [f"{found} tokenizer.keep_whitespace={kept} is to keep; use {rules.removeprefix('nmt_')} or identity"]
-
-    def _corpus_faults(self) -> list[str]:
-        corpus, found = self.corpus, list[str]()
-        for split in SPLITS:
-            found += faults_of_texts(f"corpus.{split}", getattr(corpus, split))
-        if found:
-            return found
-
-        for split in ("valid", "test"):
-            for name, source in named_sources(getattr(corpus, split)).items():
-                if source.share != 1:
-                    found.append(
-                        f"corpus.{split}.{name}.share={source.share}: shares are for corpus.train; leave it out"
-                    )
-        if corpus.shuffle_seed < 0:
-            for name, share in corpus.shares.items():
-                if share > 1:
-                    found.append(
-                        f"corpus.train.{name}.share={share}: repeats documents, and copies would stand one behind the "
-                        "other; set corpus.shuffle_seed to 0 or more"
-                    )
-        return found
-
-    def _accumulation_faults(self) -> list[str]:
-        size, micro_batches = self.train.global_batch_size, self.train.accumulation
-        if micro_batches < 1 or size % micro_batches == 0:
-            return []
-        way_out = f"use {nearest(size, micro_batches)}"
-        return [f"train.global_batch_size={size}: not divisible by train.accumulation={micro_batches}; {way_out}"]
-
-    def _slice_faults(self) -> list[str]:
-        train, found = self.train, []
-        slices = f"train.exact_slices={train.exact_slices}"
-
-        if train.exact_slices:
-            if train.exact_slices < 1 or train.exact_slices & (train.exact_slices - 1):
-                found.append(f"{slices}: must be a power of two, or 0")
-            elif train.global_batch_size % train.exact_slices:
-                found.append(
-                    f"train.global_batch_size={train.global_batch_size}: not divisible by {slices}; "
-                    f"use {nearest(train.global_batch_size, train.exact_slices)}"
-                )
-            if train.accumulation > 1:
-                found.append(f"train.accumulation={train.accumulation}: slices are micro-batches; use 1 with {slices}")
-
-        if train.skip_spikes_sigmas and train.precision == "fp16":
-            found.append("train.skip_spikes_sigmas: not in fp16, whose own scaling skips; use bf16 or fp32")
-        return found
-
-    def _change_faults(self) -> list[str]:
-        return [
-            f"run.allow_change={name}: only {' and '.join(ALLOWED_CHANGES)} can change when a run is resumed"
-            for name in as_list(self.run.allow_change)
-            if name not in ALLOWED_CHANGES
-        ]
-
     def flat(self) -> dict[str, Any]:
         """`section.key` -> value, for every field."""
         sections = dataclasses.asdict(self)
@@ -416,12 +339,6 @@ BY_SIZE: dict[str, float] = {
 }  # fmt: skip
 ALLOWED_CHANGES = ("train.seq_len", "train.global_batch_size")
 TRAINING_SECTIONS = ("stream", "model", "optim", "train", "eval", "generate", "run")
-
-
-def nearest(size: int, divisor: int) -> str:
-    """The multiples of `divisor` around `size`, for an error's way out: nearest(100, 8) is '96 or 104'."""
-    down = size - size % divisor
-    return f"{down} or {down + divisor}" if down else f"{divisor}"
 
 
 def as_list(value: list[str] | str) -> list[str]:

@@ -1,7 +1,7 @@
 """One knob of the configuration: what a field of a dataclass declares beside its type and its default.
 
 Bounds stand where the field does and are checked when all values are known, so that every fault is reported at once.
-The price: a dataclass that is made in Python is not checked until somebody asks for `Config.faults()`.
+The price: a dataclass that is made in Python is not checked until somebody asks for `find_faults`.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ import pytest
 from conftest import ROOT
 
 from rnnlm.cli import read_config
-from rnnlm.config import BY_SIZE, CELLS, HEADS, OPTIMIZERS, TRAINING_SECTIONS, Config, TokenizerConfig, knobs, nearest
+from rnnlm.config import BY_SIZE, CELLS, HEADS, OPTIMIZERS, TRAINING_SECTIONS, Config, TokenizerConfig, knobs
 from rnnlm.errors import UserError
+from rnnlm.faults import find_faults, nearest
 from rnnlm.train.run import differing
 from rnnlm.yaml_file import dump_yaml, load_yaml
 
@@ -117,7 +118,7 @@ def faults_with(key: str, value: Any) -> list[str]:
     """The faults of the default configuration with one other value."""
     section, name = key.split(".")
     values = dataclasses.replace(getattr(Config(), section), **{name: value})
-    return dataclasses.replace(Config(), **{section: values}).faults()
+    return find_faults(dataclasses.replace(Config(), **{section: values}))
 
 
 def beyond(value: float, like: object, direction: int) -> float:

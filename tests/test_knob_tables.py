@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from rnnlm.config import Config, knobs
+from rnnlm.faults import find_faults
 from rnnlm.train.identity import differing, identity
 
 SEED = 2**63
@@ -55,7 +56,9 @@ def configuration(key: str, value: Any) -> Config:
 
 def is_out_of_bounds(key: str, value: float) -> bool:
     """Whether a value is refused for itself, and not for what it means beside others."""
-    return any(fault.startswith(f"{key}=") and ": must be " in fault for fault in configuration(key, value).faults())
+    return any(
+        fault.startswith(f"{key}=") and ": must be " in fault for fault in find_faults(configuration(key, value))
+    )
 
 
 def neighbour(key: str, value: float, direction: int) -> float:

@@ -15,7 +15,8 @@ from conftest import ROOT, command, environment
 
 ROOMS = ("", "data", "data/build", "model", "checkpoint", "train")  # each imports only from those before it
 GROUND = (
-    "errors", "hashing", "machine", "files", "knob", "texts", "config", "yaml_file", "key_names", "arguments", "cli",
+    "errors", "hashing", "machine", "files", "knob", "texts", "config", "faults", "yaml_file", "key_names",
+    "arguments", "cli",
 )  # fmt: skip
 ALONE = {"checkpoint"}  # rooms that import from the ground floor alone
 TORCH = {"data/substreams", "model", "checkpoint", "train"}  # where torch may be imported

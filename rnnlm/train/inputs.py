@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rnnlm.config import Config, nearest
+from rnnlm.config import Config
 from rnnlm.data.ring import Origin, Ring
 from rnnlm.data.stream import TokenStream
 from rnnlm.errors import UserError
+from rnnlm.faults import nearest
 
 
 @dataclass(frozen=True)

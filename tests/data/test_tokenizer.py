@@ -17,6 +17,7 @@ from rnnlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.data.tokenizer_training import out_of_proportion, train, vocab_size_for, word_table
 from rnnlm.errors import UserError
+from rnnlm.faults import find_faults
 
 TEXTS = make_text(300)
 EXACT = train(TEXTS, TokenizerConfig(vocab_size=300, normalization="identity", keep_whitespace=True))
@@ -111,7 +112,7 @@ def test_line_ends_and_tabs_are_kept_where_white_space_is() -> None:
     assert train(TEXTS, TokenizerConfig(vocab_size=300, normalization="nmt_nfkc")).model == KINDS["bpe"].model
 
     rules = TokenizerConfig(keep_whitespace=True, normalization="nmt_nfkc_cf")
-    assert Config(tokenizer=rules).faults() == [
+    assert find_faults(Config(tokenizer=rules)) == [
         "tokenizer.normalization=nmt_nfkc_cf: makes spaces of line ends and tabs, which "
         "tokenizer.keep_whitespace=True is to keep; use nfkc_cf or identity"
     ]

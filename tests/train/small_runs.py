@@ -13,6 +13,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from rnnlm.config import Config
+from rnnlm.faults import find_faults
 from rnnlm.train.trainer import train
 
 
@@ -29,7 +30,7 @@ def small_config(directory: Path, streams: Path, **sections: dict[str, Any]) -> 
     for name in {*defaults, *sections}:
         given = {**defaults.get(name, {}), **sections.get(name, {})}
         config = dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **given)})
-    assert config.faults() == []
+    assert find_faults(config) == []
     return config
 
 
