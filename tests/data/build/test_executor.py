@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rnnlm.data.build.executor import process_pool
+import pytest
+
+from rnnlm.data.build.executor import WorkerPool, process_pool
 
 MEETING = 3  # workers that must run at the same time
 
@@ -51,3 +55,23 @@ def test_tasks_that_die_twice_have_failed_and_only_they_are_tried_again(tmp_path
     assert sorted(failed) == [0, 4, 8]
     tried = [int(line) for line in (tmp_path / "log").read_text().split()]
     assert sorted(tried) == sorted([*range(9), 0, 4, 8])
+
+
+def test_tasks_that_run_when_another_raises_are_no_part_of_the_next_call() -> None:
+    begun, leave = threading.Event(), threading.Event()
+
+    def work(context: None, task: str) -> None:
+        if task == "slow":
+            begun.set()
+            leave.wait(30)
+        elif task == "bad":
+            begun.wait(30)
+            raise ValueError(task)
+
+    done: list[str] = []
+    with WorkerPool(lambda: ThreadPoolExecutor(2), 2) as pool:
+        with pytest.raises(ValueError, match="bad"):
+            pool.run(work, None, ["slow", "bad", "never begun"])
+        leave.set()
+        assert pool.run(work, None, ["a", "b"], done.append) == []
+    assert sorted(done) == ["a", "b"]
