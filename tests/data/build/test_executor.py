@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rnnlm.data.build.executor import WorkerPool, process_pool
+from rnnlm.data.build.executor import WorkerPool, process_pool, stopping
 
 MEETING = 3  # workers that must run at the same time
 
@@ -75,3 +75,24 @@ def test_tasks_that_run_when_another_raises_are_no_part_of_the_next_call() -> No
         leave.set()
         assert pool.run(work, None, ["a", "b"], done.append) == []
     assert sorted(done) == ["a", "b"]
+
+
+def last_until_stopped(directory: Path, task: str) -> None:
+    """One raises when the other runs, which lasts until it is told to stop, as a job does at the end of a unit."""
+    until = time.monotonic() + 30
+    if task == "bad":
+        while not (directory / "begun").exists():
+            assert time.monotonic() < until
+        raise ValueError(task)
+
+    (directory / "begun").touch()
+    while not stopping():
+        assert time.monotonic() < until, "nobody tells it"
+    (directory / "stopped").touch()
+
+
+def test_a_pool_that_is_left_early_stops_its_workers(tmp_path: Path) -> None:
+    """By an error, or by Ctrl-C: nobody waits for the end of a compressed file."""
+    with pytest.raises(ValueError, match="bad"), process_pool(2) as pool:
+        pool.run(last_until_stopped, tmp_path, ["long", "bad"])
+    assert (tmp_path / "stopped").exists()
