@@ -21,6 +21,7 @@ from rnnlm.data.jobs import jobs
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
+from rnnlm.hashing import fraction_of
 
 
 def config_of(directory: Path, train: object, **corpus: object) -> Config:
@@ -136,3 +137,23 @@ def test_a_job_that_has_to_stop_does_so_between_two_units(
     monkeypatch.setattr(encode, "write_unit", write_unit)
     run_encode_task(context, task)
     assert len(list(context.directory("train").glob("*.unit"))) > 3 and task.path.exists()
+
+
+@pytest.mark.parametrize("empty", ["train", "valid"])
+def test_a_corpus_of_one_document_says_why_a_split_is_empty_and_what_helps(
+    tmp_path: Path, tokenizer: Tokenizer, empty: str
+) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("anna sees the cat\n\nbob likes a dog\n")
+    held_out = fraction_of(path.read_bytes(), 0)
+    fraction = (held_out + 1) / 2 if empty == "train" else held_out / 2
+    stream = StreamConfig(directory=str(tmp_path / "s"), valid_fraction=fraction)
+    one = Config(corpus=CorpusConfig(train=str(path), document="file"), stream=stream)
+
+    other = "valid" if empty == "train" else "train"
+    with pytest.raises(
+        UserError, match=rf"corpus.train is one document, whose hash gives it to {other} .*, so {empty} "
+    ):
+        Build(one, tokenizer).run(lambda size: None)
+    whole = dataclasses.replace(one, stream=dataclasses.replace(stream, valid_fraction=0))
+    assert set(run(whole, tokenizer)) == {"train"}, "the last way out that the message names"
