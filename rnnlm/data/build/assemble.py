@@ -64,11 +64,10 @@ PART_DOCUMENTS = 2**20  # whose rows are counted, or whose places are written, b
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What a task needs to know of its build; it travels with each."""
+    """Where a build does what."""
 
     config: Config
     work: Path  # the directory of the build's own files
-    digest: str  # of the tokenizer
 
     def holds_out(self, split: str) -> bool:
         """Whether some of this split's documents go to the valid stream."""
@@ -103,7 +102,7 @@ class Assembler:
         chosen, source = self._choose()
         kept = {target: choice.records["kept"] for target, choice in chosen.items()}
         for target, choice in chosen.items():
-            if not any(selection.totals[1] for selection in choice.selections):
+            if not kept[target]:
                 raise UserError(_why_empty(target, kept, choice.records["read"], self.context))
 
         order = sorted(targets, key=lambda split: (split == "train", split))  # what training opens first comes last
@@ -351,6 +350,23 @@ class Assembler:
         return sha256.hexdigest()
 
 
+def _why_empty(target: str, kept: dict[str, int], read: int, context: BuildContext) -> str:
+    """What to say of a stream without a document; `kept` are the documents of all streams, `read` its own records."""
+    documents, stream = kept.get("train", 0) + kept.get("valid", 0), context.config.stream
+    if not context.holds_out("train") or target == "test" or not documents:
+        return f"corpus.{target}: no text in it ({read} records, none kept); give a corpus with text"
+
+    other = "valid" if target == "train" else "train"
+    what = "is one document, whose hash gives it"
+    if documents > 1:
+        what = f"has {documents} documents, whose hashes give all of them"
+    return (
+        f"corpus.train {what} to {other} (stream.valid_fraction={stream.valid_fraction}), so {target} would be empty; "
+        "give corpus.valid text of its own, cut the text into more documents, as with corpus.document=line or "
+        "paragraph, or set stream.valid_fraction=0 to have no valid stream"
+    )
+
+
 def _cut_into_parts(items: Sequence[AnyItem], documents: Sequence[int]) -> list[list[AnyItem]]:
     """Consecutive items together until they have PART_DOCUMENTS."""
     parts, size = list[list[AnyItem]](), PART_DOCUMENTS
@@ -367,23 +383,6 @@ def _select_all(path: Path) -> Selection:
     """All documents of a shuffled unit file."""
     documents, tokens, text_bytes, words = UnitFile(path).totals.sum(0).tolist()
     return Selection(path, ALL, (documents, tokens, text_bytes, words))
-
-
-def _why_empty(target: str, kept: dict[str, int], read: int, context: BuildContext) -> str:
-    """What to say of a stream without a document; `kept` are the documents of all streams, `read` its own records."""
-    documents, stream = kept.get("train", 0) + kept.get("valid", 0), context.config.stream
-    if not context.holds_out("train") or target == "test" or not documents:
-        return f"corpus.{target}: no text in it ({read} records, none kept); give a corpus with text"
-
-    other = "valid" if target == "train" else "train"
-    what = "is one document, whose hash gives it"
-    if documents > 1:
-        what = f"has {documents} documents, whose hashes give all of them"
-    return (
-        f"corpus.train {what} to {other} (stream.valid_fraction={stream.valid_fraction}), so {target} would be empty; "
-        "give corpus.valid text of its own, cut the text into more documents, as with corpus.document=line or "
-        "paragraph, or set stream.valid_fraction=0 to have no valid stream"
-    )
 
 
 def _write_lines(path: Path, lines: Iterable[bytes]) -> None:

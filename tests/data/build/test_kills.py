@@ -87,6 +87,7 @@ def test_fault_25_killed_anywhere_the_same_command_continues(
 
 PLACES = (
     "unit", "spill_hashes", "spill_hashes-end", "find_repeats", "find_repeats-end", "drop_repeats", "drop_repeats-end",
+    "count_units", "make_part", "make_part-end", "join_parts", "join_parts-end",
     "spill_shuffled", "spill_shuffled-end", "gather_shuffled", "gather_shuffled-end", "shard", "commit",
 )  # fmt: skip
 
@@ -115,7 +116,7 @@ def named_sources(directory: Path) -> str:
     sources = {}
     for number, (name, share) in enumerate({"books": 2.5, "news": 0.5, "web": 1.0}.items()):
         for part in range(3):
-            lines = make_text(1500, seed=number % 2 + part)
+            lines = make_text(500, seed=number % 2 + part)
             (directory / f"{name}-{part}.txt").write_text("\n".join(lines), encoding="utf-8")
         sources[name] = {"paths": str(directory / f"{name}-*.txt"), "share": share}
     return json.dumps(sources)
@@ -133,8 +134,8 @@ def test_fault_25_killed_at_any_moment(tokenizer: Tokenizer, tmp_path: Path) -> 
     the others end the build, or all are, on sources with shares that are deduplicated and shuffled.
     """
     many = tmp_path / "many.txt"
-    many.write_text("\n".join(make_text(12_000, seed=5)), encoding="utf-8")
-    mixed = {"deduplicate": "true", "shuffle_seed": 3, "valid_max_tokens": 20_000}
+    many.write_text("\n".join(make_text(5000, seed=5)), encoding="utf-8")
+    mixed = {"deduplicate": "true", "shuffle_seed": 3, "valid_max_tokens": 7000}
     variants: list[tuple[Any, dict[str, Any], int, bool]] = [  # text, options, processes, whether all are killed
         (many, {"workers": 2}, 1, True),
         (named_sources(tmp_path), mixed, 2, False),
