@@ -16,7 +16,7 @@ READERS = {
     "corpus": ("tools/train_tokenizer.py", "tools/build_stream.py"),
     "tokenizer": ("tools/train_tokenizer.py", "tools/build_stream.py"),
     "stream": ("tools/train_tokenizer.py", "tools/build_stream.py", "launch/train.py", "launch/eval.py"),
-    "build": ("tools/build_stream.py",),
+    "build": ("tools/train_tokenizer.py", "tools/build_stream.py"),
     "model": ("launch/train.py", "launch/eval.py", "launch/generate.py"),
     "optim": ("launch/train.py",),
     "train": ("launch/train.py", "launch/eval.py", "launch/generate.py"),

@@ -74,7 +74,7 @@ def test_an_option_that_this_script_does_not_read_names_those_that_do(tmp_path: 
         "tokenizer.vocab_size: this script does not read it",
         "give it to tools/train_tokenizer.py or tools/build_stream.py",
         "build.workers: this script does not read it",
-        "give it to tools/build_stream.py",
+        "give it to tools/train_tokenizer.py or tools/build_stream.py",
     ]
     (tmp_path / "all").write_text("tokenizer: {vocab_size: 3}")
     assert read(f"--config={tmp_path}/all") == Config()

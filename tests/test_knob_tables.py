@@ -19,19 +19,22 @@ SEED = 2**63
 BOUNDS = {  # (first value that is allowed, first or last one above it: "<" or "<=") -> knobs
     (None, "", math.inf): "model.forget_bias",
     (-1, "<", SEED): "corpus.shuffle_seed",
+    (-1, "", math.inf): "eval.every_steps",
+    (0, "<=", 2**24): "tokenizer.vocab_size",
     (0, "<", SEED): "tokenizer.seed stream.split_seed train.seed generate.seed",
     (0, "<", 1): "stream.valid_fraction model.dropout optim.momentum optim.beta1 optim.beta2",
     (0, "<=", 1): "optim.final_ratio optim.plateau_factor generate.top_p",
     (0.98, "<=", 1): "tokenizer.character_coverage",
     (0, "", math.inf): """
-        build.workers model.init_range optim.learning_rate optim.eps optim.weight_decay optim.clip_norm
+        build.workers stream.valid_max_tokens model.embedding_size model.hidden_size train.epochs
+        model.init_range optim.learning_rate optim.eps optim.weight_decay optim.clip_norm
         optim.warmup_steps optim.horizon_steps optim.plateau_patience optim.early_stop_patience train.max_steps
         train.exact_slices train.cpu_threads train.prefetch_threads train.skip_spikes_sigmas train.stop_after_skipped
-        eval.every_steps generate.temperature generate.top_k run.save_every_minutes run.keep_every_steps
+        generate.temperature generate.top_k run.save_every_minutes run.keep_every_steps
         run.grace_seconds run.timeout_minutes""",
     (1, "", math.inf): """
-        corpus.max_document_bytes corpus.max_whole_bytes corpus.unit_bytes tokenizer.vocab_size tokenizer.sample_bytes
-        stream.shard_tokens model.embedding_size model.hidden_size model.layers train.epochs train.global_batch_size
+        corpus.max_document_bytes corpus.max_whole_bytes corpus.unit_bytes tokenizer.sample_bytes tokenizer.min_count
+        stream.shard_tokens model.layers train.global_batch_size
         train.seq_len train.accumulation train.loss_chunk_tokens eval.batch_size generate.samples generate.max_tokens
         run.log_every_steps run.save_every_steps""",
     (2, "", math.inf): "run.keep_last",

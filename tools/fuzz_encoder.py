@@ -24,16 +24,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import sentencepiece
+try:
+    import numpy as np
+    import sentencepiece
 
-from rnnlm.cli import run_entry_point
-from rnnlm.data.encoder import Encoder
-from rnnlm.data.hugging_face_tokenizer import HuggingFaceTokenizer
-from rnnlm.data.hugging_face_words import PATTERNS
-from rnnlm.data.sentencepiece_tokenizer import META, SentencePieceTokenizer, parse
-from rnnlm.data.tokenizer import Tokenizer
-from rnnlm.errors import UserError
+    from rnnlm.cli import run_entry_point
+    from rnnlm.data.encoder import Encoder
+    from rnnlm.data.hugging_face_tokenizer import HuggingFaceTokenizer
+    from rnnlm.data.hugging_face_words import PATTERNS
+    from rnnlm.data.sentencepiece_tokenizer import META, SentencePieceTokenizer, parse
+    from rnnlm.data.tokenizer import Tokenizer
+    from rnnlm.errors import UserError
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}; type this first: . .venv/bin/activate (make quickstart makes it)") from None
 
 SPACES = " \t\n\r\x0b\x0c\x00\x1c\x1f\x85\xa0\u1680\u2000\u200a\u200b\u200d\u2028\u2029\u202f\u205f\u3000\ufeff\u2581"
 MARKS = "\u0300\u0301\u0308\u0345\u3099\u20dd\ufe0f\u0e33"

@@ -16,6 +16,8 @@ With --config it is your model, data and options, of which this changes run.dire
 logged, saved and evaluated, train.cpu_threads=1 and, on several numbers of processes, train.exact_slices.
 """
 
+from __future__ import annotations
+
 import argparse
 import random
 import shutil
@@ -24,13 +26,19 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from proof.building import Building, building
-from proof.processes import ROOT
-from proof.training import Training, training
+try:
+    from rnnlm.cli import run_entry_point
+    from rnnlm.errors import UserError
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}; type this first: . .venv/bin/activate (make quickstart makes it)") from None
 
-from rnnlm.cli import run_entry_point
-from rnnlm.errors import UserError
+if TYPE_CHECKING:
+    from proof.building import Building
+    from proof.training import Training
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def prove(subject: Training | Building, attempts: int) -> bool:
@@ -87,6 +95,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main() -> int:
     """Prove it, print the verdict; 0 if nothing differs."""
     options = parse(sys.argv[1:])
+    from proof.building import building
+    from proof.training import training
+
     if options.directory:
         options.directory.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="proof-", dir=options.directory)).resolve()

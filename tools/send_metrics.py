@@ -10,9 +10,12 @@ already come a second time, with the same numbers at the same tokens.
 import argparse
 from pathlib import Path
 
-from rnnlm.cli import run_entry_point
-from rnnlm.config import RunConfig
-from rnnlm.errors import UserError
+try:
+    from rnnlm.cli import run_entry_point
+    from rnnlm.config import RunConfig
+    from rnnlm.errors import UserError
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}; type this first: . .venv/bin/activate (make quickstart makes it)") from None
 
 
 def main() -> None:

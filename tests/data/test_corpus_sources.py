@@ -14,13 +14,14 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from reading import all_jobs, read_job
 
-from rnnlm.cli import dump_yaml, read_config
+from rnnlm.cli import read_config
 from rnnlm.config import Config, CorpusConfig
 from rnnlm.data.documents import Document, read
 from rnnlm.data.jobs import jobs
 from rnnlm.data.sources import Source, content_digest, corpus_sources, sources, unchanged
 from rnnlm.errors import UserError
 from rnnlm.texts import NamedSource
+from rnnlm.yaml_file import dump_yaml
 
 
 def write(directory: Path, *names: str) -> None:

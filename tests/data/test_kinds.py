@@ -100,7 +100,7 @@ def test_a_stream_holds_its_tokenizer_under_the_name_of_its_kind(name: str, tmp_
     stream = TokenStream(tmp_path / "train")
     assert (tmp_path / "train" / tokenizer.file_name).read_bytes() == tokenizer.model
     assert next(stream.verify()) == (tokenizer.file_name, len(tokenizer.model))
-    assert len(list(stream.verify())) == 3
+    assert len(list(stream.verify())) == 5
     assert type(stream.tokenizer()) is type(tokenizer)
     assert stream.tokens == sum(len(tokenizer.encode(text)) + 1 for text in ("the cat", "the dog é漢"))
 

@@ -55,8 +55,8 @@ def test_documents_of_valid_do_not_shape_a_table_of_words(tool: Tool, tmp_path: 
     assert 50 < len((tmp_path / "other.txt").read_text().splitlines()) < 95
 
 
-def test_bytes_need_no_text(tool: Tool, tmp_path: Path) -> None:
-    said = tool(TRAIN, "--tokenizer.kind=byte", "--corpus.train=")
+def test_bytes_need_no_text(tool: Tool, run_here: RunHere, tmp_path: Path) -> None:
+    said = run_here(TRAIN, "--tokenizer.kind=byte", "--stream.directory=s").stdout
     assert said == "s/bytes.txt: 257 ids: the bytes of UTF-8, and EOS\n"
     tool(BUILD, "--tokenizer.kind=byte", "--stream.valid_fraction=0")
     stream = TokenStream(tmp_path / "s/train")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from io import StringIO
 from itertools import product
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 
 from rnnlm.config import GenerateConfig, ModelConfig
 from rnnlm.data.tokenizer import META, StreamDecoder, Tokenizer
-from rnnlm.model.generate import draw, generate, restrict
+from rnnlm.model.generate import continuations, draw, generate, restrict, write_continuations
 from rnnlm.model.language_model import RecurrentLM
+from rnnlm.model.layers import Hidden
 
 Rows = dict[tuple[int, int], list[int]]
 
@@ -130,3 +132,70 @@ def test_restrictions_take_nothing_away_where_they_are_off_or_wide() -> None:
     assert restrict(logits, 2, 1.0).isinf().nonzero().tolist() == [[0, 1], [1, 2]]
     assert restrict(logits, 1, 0.5).isfinite().nonzero().tolist() == [[0, 2], [1, 1]]
     assert restrict(logits, 2, 0.0).isfinite().nonzero().tolist() == [[0, 2], [1, 1]]
+
+
+def always(model: RecurrentLM, *tokens: int) -> None:
+    """Make the model draw these tokens in turn, whatever came before the first."""
+    model.head.weight.data.zero_()
+    ahead = iter(tokens)
+    honest = model.next_logits
+
+    def next_logits(inputs: torch.Tensor, hidden: Hidden) -> tuple[torch.Tensor, Hidden]:
+        logits, hidden = honest(inputs, hidden)
+        return logits.index_fill(1, torch.tensor([next(ahead, tokens[-1])]), 1e3), hidden
+
+    model.next_logits = next_logits  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 9])
+def test_of_a_character_that_ends_in_its_middle_a_mark_is_left(
+    model: RecurrentLM, listening: Listening, max_tokens: int
+) -> None:
+    """Whether the length ends there or the document does."""
+    (byte,) = [i for i in range(listening.vocab_size) if listening.piece(i) == "<0xE6>"]  # the first of three
+    always(model, byte, listening.eos_id)
+    _, texts = generated(model, listening, ["anna"], GenerateConfig(max_tokens=max_tokens))
+    assert texts == {(0, 0): "\ufffd"}
+
+
+def test_draws_never_change(model: RecurrentLM, listening: Listening) -> None:
+    """The same seed is the same text in every version: what is drawn among 300 equal tokens, as literal numbers."""
+    model.head.weight.data.zero_()
+    model.head.bias.data.zero_()
+    config = GenerateConfig(samples=2, max_tokens=5, stop_at_eos=False, seed=2**40 + 3)
+    rows, _ = generated(model, listening, ["", ""], config)
+    assert rows == {
+        (0, 0): [155, 227, 167, 257, 2],
+        (0, 1): [155, 271, 80, 114, 244],
+        (1, 0): [125, 62, 170, 173, 166],
+        (1, 1): [75, 49, 275, 260, 118],
+    }
+
+
+def test_continuations_begin_with_their_prompts(model: RecurrentLM, tokenizer: Tokenizer) -> None:
+    config = GenerateConfig(samples=2, max_tokens=6, stop_at_eos=False)
+    texts: dict[tuple[int, int], str] = defaultdict(str)
+    for fragment in generate(model, tokenizer, ["anna", ""], config):
+        texts[fragment.prompt, fragment.sample] += fragment.text
+    found = continuations(model, tokenizer, ["anna", ""], config)
+    assert found == {(prompt, sample): ["anna", ""][prompt] + texts[prompt, sample] for prompt, sample in found}
+    assert [*found] == [(0, 0), (0, 1), (1, 0), (1, 1)] and len(set(found.values())) == 4
+    assert continuations(model, tokenizer, [], config) == {}
+
+    out = StringIO()
+    write_continuations(model, tokenizer, ["anna", ""], config, out)
+    assert out.getvalue() == "\n---\n".join(found.values()) + "\n"
+
+
+def test_a_single_continuation_is_shown_as_it_is_made(model: RecurrentLM, tokenizer: Tokenizer) -> None:
+    shown: list[str] = []
+
+    class Screen(StringIO):
+        def flush(self) -> None:
+            shown.append(self.getvalue())
+
+    config = GenerateConfig(max_tokens=6, stop_at_eos=False)
+    texts = [fragment.text for fragment in generate(model, tokenizer, ["anna"], config)]
+    write_continuations(model, tokenizer, ["anna"], config, Screen())
+    whole = ["anna" + "".join(texts[: count + 1]) for count in range(len(texts))]
+    assert len(texts) > 3 and shown == [*whole, whole[-1] + "\n"]

@@ -28,7 +28,7 @@ def test_a_directory_of_streams_is_no_place_for_a_run(
     assert done.returncode == 2
     assert re.search(rf"^error: run.directory={place}: holds no run, but .*tokenizer.model.*; choose", done.stderr)
     assert contents(place) == before
-    with pytest.raises(UserError, match="holds no run, but .*stream.json"):
+    with pytest.raises(UserError, match="holds no run, but documents.npy, .*"):
         check_place(place / "train")
 
 

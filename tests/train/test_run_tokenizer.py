@@ -10,23 +10,23 @@ from conftest import STATE
 
 from rnnlm.checkpoint.checkpoint import save
 from rnnlm.config import Config, ModelConfig, RunConfig
-from rnnlm.data.tokenizer import Tokenizer
+from rnnlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rnnlm.errors import UserError
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.train.load import load_model
 
 
-def other_of_the_same_size(tokenizer: Tokenizer) -> bytes:
+def other_of_the_same_size(tokenizer: SentencePieceTokenizer) -> bytes:
     """A model with the same pieces, ids and number of bytes, that cuts words in another order."""
     proto = tokenizer.proto()
     proto.pieces[-1].score, proto.pieces[-2].score = proto.pieces[-2].score, proto.pieces[-1].score
     other: bytes = proto.SerializeToString()
-    assert len(other) == len(tokenizer.model) and Tokenizer(other).vocab_size == tokenizer.vocab_size
+    assert len(other) == len(tokenizer.model) and SentencePieceTokenizer(other).vocab_size == tokenizer.vocab_size
     return other
 
 
 def test_another_tokenizer_of_the_same_size_in_a_runs_directory_is_refused(
-    tmp_path: Path, tokenizer: Tokenizer
+    tmp_path: Path, tokenizer: SentencePieceTokenizer
 ) -> None:
     config = Config(
         model=ModelConfig(embedding_size=2, hidden_size=3, layers=1), run=RunConfig(directory=str(tmp_path))
