@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from rnnlm.config import GenerateConfig, ModelConfig
-from rnnlm.data.tokenizer import META, StreamDecoder, Tokenizer
+from rnnlm.data.sentencepiece_tokenizer import META, SentencePieceTokenizer
+from rnnlm.data.tokenizer import StreamDecoder, Tokenizer
 from rnnlm.model.generate import continuations, draw, generate, restrict, write_continuations
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.model.layers import Hidden
@@ -19,7 +20,7 @@ from rnnlm.model.layers import Hidden
 Rows = dict[tuple[int, int], list[int]]
 
 
-class Listening(Tokenizer):
+class Listening(SentencePieceTokenizer):
     """A tokenizer that notes, for each row of a batch, the context and the tokens that its decoder is given."""
 
     def __init__(self, tokenizer: Tokenizer):
@@ -51,19 +52,20 @@ def model(tokenizer: Tokenizer) -> RecurrentLM:
 def generated(
     model: RecurrentLM, listening: Listening, prompts: list[str], config: GenerateConfig
 ) -> tuple[Rows, dict[tuple[int, int], str]]:
-    """(prompt, sample) -> tokens, and -> text."""
+    """(prompt, sample) -> tokens, and -> text; of prompts that end where no longer piece could begin."""
     listening.contexts.clear()
     listening.tokens.clear()
     texts: dict[tuple[int, int], str] = defaultdict(str)
     for fragment in generate(model, listening, prompts, config):
         texts[fragment.prompt, fragment.sample] += fragment.text
-    owners = product(range(len(prompts)), range(config.samples))
+    owners = [*product(range(len(prompts)), range(config.samples))]
+    listening.contexts, listening.tokens = (of[-len(owners) :] for of in (listening.contexts, listening.tokens))
     return dict(zip(owners, listening.tokens, strict=True)), texts
 
 
 def test_a_row_that_has_ended_writes_nothing_while_others_go_on(model: RecurrentLM, listening: Listening) -> None:
     model.head.bias.data[listening.eos_id] = 2.0
-    prompts, options = ["anna", "bob sees", ""], {"samples": 4, "max_tokens": 30, "temperature": 1.0}
+    prompts, options = ["anna.", "bob sees.", ""], {"samples": 4, "max_tokens": 30, "temperature": 1.0}
     endless, _ = generated(model, listening, prompts, GenerateConfig(**options, stop_at_eos=False))  # type: ignore[arg-type]
     ended, _ = generated(model, listening, prompts, GenerateConfig(**options))  # type: ignore[arg-type]
 
@@ -77,7 +79,7 @@ def test_a_row_that_has_ended_writes_nothing_while_others_go_on(model: Recurrent
 
 def test_a_row_is_decoded_after_its_own_prompt(model: RecurrentLM, listening: Listening) -> None:
     """A word that begins within a text has a space before it, one at the beginning of a text has none."""
-    prompts = ["anna sees the cat", "", "bob likes"]
+    prompts = ["anna sees the cat.", "", "bob likes."]
     model.head.weight.data.zero_()
     word = next(i for i in range(listening.vocab_size) if listening.piece(i)[:1] == META != listening.piece(i))
     text = listening.piece(word).replace(META, " ")
@@ -96,7 +98,7 @@ def test_every_place_of_every_sample_of_every_prompt_has_noise_of_its_own(
     model.head.weight.data.zero_()
     model.head.bias.data.zero_()
     config = GenerateConfig(samples=4, max_tokens=40, stop_at_eos=False, temperature=1.0)
-    rows, _ = generated(model, listening, ["anna"] * 4, config)
+    rows, _ = generated(model, listening, ["anna."] * 4, config)
 
     for owner, tokens in rows.items():
         assert len(set(tokens)) > 25, f"{owner}: other noise at every place"

@@ -119,7 +119,7 @@ def test_fault_29_one_process_under_a_launcher_is_refused_in_one_line(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("rnnlm.train.run.LOCK_PATIENCE_SECONDS", 0.0)
     run = tmp_path / "run"
-    with locked(run, run / "holder", "run"):
+    with locked(run / "lock", "run"):
         done = train_here(f"--config={experiment}", **launched_alone)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1 and "another run is working there" in done.stderr, done.stderr
