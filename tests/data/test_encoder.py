@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -197,6 +198,14 @@ def test_an_encoder_says_how_it_encodes(tokenizers: dict[str, Tokenizer], encode
     assert "new words by the tokenizer's library: the model has no merges" in ends["characters"]
     assert "whole by the tokenizer's library" in ends["unigram"] and "a unigram model" in ends["unigram"]
     assert encoders["default"].path == ends["default"]
+
+
+def test_a_build_says_how_it_encodes(run_here: RunHere, corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
+    options = [f"--corpus.train={corpus}", f"--stream.directory={tmp_path}", "--build.workers=1"]
+    first, second = (run_here("tools/build_stream.py", *options) for _ in range(2))
+    assert first.stdout.startswith("texts are encoded by words, new words by compiled kernels\n"), first.stderr
+    assert second.stdout.startswith("already built"), "then nothing is encoded"
 
 
 def test_random_models(run_here: RunHere) -> None:
