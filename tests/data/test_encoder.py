@@ -200,14 +200,6 @@ def test_an_encoder_says_how_it_encodes(tokenizers: dict[str, Tokenizer], encode
     assert encoders["default"].path == ends["default"]
 
 
-def test_a_build_says_how_it_encodes(run_here: RunHere, corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
-    options = [f"--corpus.train={corpus}", f"--stream.directory={tmp_path}", "--build.workers=1"]
-    first, second = (run_here("tools/build_stream.py", *options) for _ in range(2))
-    assert first.stdout.startswith("texts are encoded by words, new words by compiled kernels\n"), first.stderr
-    assert second.stdout.startswith("already built"), "then nothing is encoded"
-
-
 def test_random_models(run_here: RunHere) -> None:
     done = run_here("tools/fuzz_encoder.py", "--models=2", "--texts=40", "--seed=3")
     assert done.returncode == 0 and "2 models, 80 texts, 0 mismatches" in done.stdout, done.stdout + done.stderr
