@@ -58,7 +58,8 @@ def test_documents_of_valid_do_not_shape_a_table_of_words(tool: Tool, tmp_path: 
 def test_bytes_need_no_text(tool: Tool, run_here: RunHere, tmp_path: Path) -> None:
     said = run_here(TRAIN, "--tokenizer.kind=byte", "--stream.directory=s").stdout
     assert said == "s/bytes.txt: 257 ids: the bytes of UTF-8, and EOS\n"
-    tool(BUILD, "--tokenizer.kind=byte", "--stream.valid_fraction=0")
+    said = tool(BUILD, "--tokenizer.kind=byte", "--stream.valid_fraction=0")
+    assert said.startswith("each byte is its own id\n"), "how texts are encoded is said first"
     stream = TokenStream(tmp_path / "s/train")
     text = (tmp_path / "text.txt").read_bytes()
     assert stream.shard(0).tolist() == [256 if byte == 10 else byte for byte in text] + [256]
@@ -108,7 +109,7 @@ def test_a_recognisers_table_needs_no_training(tool: Tool, tmp_path: Path) -> No
 
     theirs = ("--tokenizer.model=bpe.model", "--tokenizer.table=tokens.txt", "--tokenizer.eos_piece=<sos/eos>")
     assert tool(TRAIN, *theirs) == "tokens.txt: 301 ids, <sos/eos> is 300; nothing to train\n"
-    tool(BUILD, *theirs)
+    assert tool(BUILD, *theirs).startswith("texts are encoded by words, new words by compiled kernels\n")
     stream = TokenStream(tmp_path / "s/train")
     assert (stream.manifest.vocab_size, stream.manifest.eos_id) == (301, 300)
     assert stream.manifest.eos_tokens == stream.manifest.documents
