@@ -282,7 +282,7 @@ class Build:
         Raises:
             UserError: it was, a moment ago.
         """
-        damaged[error.path] += 1
+        damaged[error.path] += error.path.exists()  # a missing one may have been dropped for another task
         if damaged[error.path] > 2:
             raise UserError(f"{error.path}: {error.reason}, although it was made again twice; look at the disk")
         say(f"{error.path}: {error.reason}; it is made again")

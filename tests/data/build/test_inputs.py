@@ -14,6 +14,7 @@ from build_helpers import build, decoded, digests
 from conftest import make_text
 
 from rnnlm.config import BuildConfig, Config, CorpusConfig, StreamConfig
+from rnnlm.data.build import encode
 from rnnlm.data.build.build import Build
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.stream_format import Manifest
@@ -79,6 +80,33 @@ def test_a_file_that_changes_while_it_is_read_ends_the_build(
         (tmp_path / "t").mkdir()
         build(path, tmp_path / "t", tokenizer, unit_bytes=config.corpus.unit_bytes, stream={"shard_tokens": 2**27})
         assert decoded(tmp_path / "s", "train", tokenizer) == decoded(tmp_path / "t", "train", tokenizer)
+
+
+@pytest.mark.parametrize("moment", ["read", "content_digest"])
+def test_nothing_stays_of_a_change_that_was_undone(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """A unit, or the digest of a file, that was taken of other text is not found again when size and time are back."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(make_text(40, seed=4)))
+    os.utime(path, (5, 5))
+    build(path, tmp_path / "whole", tokenizer, **OPTIONS)
+
+    good, calls, honest = path.read_bytes(), [0], getattr(encode, moment)
+
+    def meanwhile(*arguments: object) -> object:
+        calls[0] += 1
+        if calls[0] == 1:
+            edit(path, good)
+        return honest(*arguments)
+
+    monkeypatch.setattr(encode, moment, meanwhile)
+    with pytest.raises(UserError, match="text.txt: was changed"):
+        build(path, tmp_path / "s", tokenizer, **OPTIONS)
+    path.write_bytes(good)
+    os.utime(path, (5, 5))
+    build(path, tmp_path / "s", tokenizer, **OPTIONS)
+    assert digests(tmp_path / "s") == digests(tmp_path / "whole")
 
 
 def test_the_streams_of_other_texts_under_the_same_names_are_not_taken_for_these(
