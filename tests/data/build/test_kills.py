@@ -87,6 +87,7 @@ def test_fault_25_killed_anywhere_the_same_command_continues(
 
 PLACES = (
     "unit", "spill_hashes", "spill_hashes-end", "find_repeats", "find_repeats-end", "drop_repeats", "drop_repeats-end",
+    "count_units", "make_part", "make_part-end", "join_parts", "join_parts-end",
     "spill_shuffled", "spill_shuffled-end", "gather_shuffled", "gather_shuffled-end", "shard", "commit",
 )  # fmt: skip
 
