@@ -5,8 +5,9 @@
     python tools/adopt_stream.py data/train.bin streams/mine/train --dtype=uint16 --tokenizer=my.model
 
 The first reads nanoGPT's raw tokens, the second a Megatron-LM dataset (corpus.bin lies beside corpus.idx). The third
-takes vocabulary and EOS from the SentencePiece model that made the tokens; without one, a run has no samples. Do the
-same for streams/mine/valid, then train:
+takes vocabulary and EOS from the SentencePiece model that made the tokens; without one, a run has no samples. An array
+that numpy saved (.npy) and llm.c's .bin tell their --dtype themselves; their headers are passed over. Do the same for
+streams/mine/valid, then train:
 
     python launch/train.py --stream.directory=streams/mine --run.directory=runs/mine
 
@@ -24,9 +25,9 @@ from rnnlm.errors import UserError
 def main() -> None:
     """Adopt one file of tokens, print what is in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="a Megatron-LM .idx, or a file of raw little-endian tokens")
+    parser.add_argument("source", type=Path, help="a Megatron-LM .idx, a .npy, or a .bin of llm.c or of raw tokens")
     parser.add_argument("directory", type=Path, help="the stream to make, as streams/mine/train")
-    parser.add_argument("--dtype", choices=("uint16", "uint32"), help="of raw tokens; a .idx tells its own")
+    parser.add_argument("--dtype", choices=("uint16", "uint32"), help="of raw tokens; other files tell their own")
     parser.add_argument("--vocab-size", type=int, help="ids are below it; default: the tokenizer's")
     parser.add_argument("--eos-id", type=int, help="ends a document; -1: nothing does; default: the tokenizer's")
     parser.add_argument("--tokenizer", type=Path, help="the SentencePiece model that made the tokens, if one did")

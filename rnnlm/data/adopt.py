@@ -1,11 +1,13 @@
-"""Streams of other programs' tokens, which stay where they are: nanoGPT's `.bin`, Megatron-LM's `.idx` and `.bin`.
+"""Streams of other programs' tokens, which stay where they are: nanoGPT's `.bin`, llm.c's, `.npy`, Megatron-LM's.
 
-An adopted stream is a manifest, documents.npy, and a link to the `.bin`, which is read once for its ids, documents and
+An adopted stream is a manifest, documents.npy, and a link to the file, which is read once for its ids, documents and
 digest; no token is written. The price: who changes or moves that file breaks the stream (its size is checked whenever
 the stream is opened, every byte by verify), and nothing is known of the text: its bytes and words are recorded as 0.
 Signed ids are mapped as unsigned ones of the same width: none is negative, so they are the same bytes.
 
-Megatron-LM's index, little-endian, without padding (megatron/core/datasets/indexed_dataset.py there):
+llm.c's file has a header of 256 int32: a magic number, a version, and the number of tokens, which are uint16 under
+GPT-2's magic number and uint32 under LLaMA-3's (dev/data/data_common.py there). Megatron-LM's index, little-endian,
+without padding (megatron/core/datasets/indexed_dataset.py there):
 
     9 bytes   MMIDIDX and two zeros          8 bytes   version: 1
     1 byte    the dtype's code               8 bytes   sequences
@@ -22,6 +24,7 @@ import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +40,18 @@ RAW_DTYPES = ("uint16", "uint32")  # what nanoGPT's scripts write; the file itse
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\x00\x00"
 CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}  # 6 and 7 are floats
+NPY_MAGIC = b"\x93NUMPY"
+LLMC_HEADER = struct.Struct("<3i1012x")
+LLMC_DTYPES = {(20240520, 1): "uint16", (20240801, 7): "uint32"}  # by magic number and version
 Positions = npt.NDArray[np.int64]
+
+
+class _Layout(NamedTuple):
+    """How the tokens lie in a file."""
+
+    program: str  # raw, npy, llm.c or megatron: recorded as source.adopted
+    dtype: str
+    header_bytes: int = 0
 
 
 class MegatronIndex:
@@ -126,12 +140,14 @@ class MegatronIndex:
 class _Scan:
     """One reading of a `.bin`: every id is checked, digest and EOS tokens are added up; nothing is kept."""
 
-    def __init__(self, path: Path, dtype: str, vocab_size: int, eos_id: int):
-        self.path, self.dtype, self.vocab_size, self.eos_id = path, dtype, vocab_size, eos_id
+    def __init__(self, path: Path, layout: _Layout, vocab_size: int, eos_id: int):
+        self.path, self.layout, self.vocab_size, self.eos_id = path, layout, vocab_size, eos_id
         self.eos_tokens, self._sha256 = 0, hashlib.sha256()
-        width, size = np.dtype(dtype).itemsize, _size_of(path)
+        width, size = np.dtype(layout.dtype).itemsize, _size_of(path) - layout.header_bytes
         if not size or size % width:
-            raise UserError(f"{path}: has {size} bytes, expected a multiple of {width} above 0 for tokens of {dtype}")
+            raise UserError(
+                f"{path}: has {size} bytes, expected a multiple of {width} above 0 for tokens of {layout.dtype}"
+            )
         self.tokens = size // width
 
     @property
@@ -144,7 +160,8 @@ class _Scan:
         Raises:
             UserError: an id outside the vocabulary.
         """
-        mapped = np.asarray(np.memmap(self.path, np.dtype(self.dtype).newbyteorder("<"), "r"))
+        dtype = np.dtype(self.layout.dtype).newbyteorder("<")
+        mapped = np.asarray(np.memmap(self.path, dtype, "r", self.layout.header_bytes))
         last = 0  # the end of the last document
         for first in range(0, self.tokens, BLOCK):
             block = mapped[first : first + BLOCK]
@@ -171,11 +188,12 @@ def adopt(
     """Make a stream of another program's tokens, which are read and not written.
 
     Args:
-        source: a Megatron-LM `.idx`, with its `.bin` beside it; any other name: raw tokens, as nanoGPT's `.bin`.
+        source: a Megatron-LM `.idx`, with its `.bin` beside it; a `.npy` of one dimension; a `.bin` of llm.c; what is
+            none of these: raw tokens, as nanoGPT's `.bin`.
         directory: the stream to make; it appears under its name when it is whole.
         vocab_size: ids are below it.
         eos_id: the id at the end of each document; -1: there is none, and raw tokens are one document.
-        dtype: of raw tokens, one of RAW_DTYPES; an index tells its own.
+        dtype: of raw tokens, one of RAW_DTYPES; the other files tell their own.
         tokenizer: goes into the stream; without it runs have no samples.
 
     Raises:
@@ -183,12 +201,13 @@ def adopt(
     """
     index = MegatronIndex(source) if source.suffix == ".idx" else None
     path = source.with_suffix(".bin") if index else source
-    dtype = _checked_dtype(source, index, dtype, vocab_size)
+    layout = _Layout("megatron", index.dtype) if index else _layout_of(path, dtype)
+    _check_dtype(source, layout, dtype, vocab_size)
     _check_vocabulary(vocab_size, eos_id, tokenizer)
     if directory.exists():
         raise UserError(f"{directory}: is already there; remove it, or choose another directory")
 
-    scan = _Scan(path, dtype, vocab_size, eos_id)
+    scan = _Scan(path, layout, vocab_size, eos_id)
     if index and (tokens := index.tokens()) != scan.tokens:
         raise UserError(f"{path}: has {scan.tokens} tokens, but {source} tells of {tokens}; copy both again")
 
@@ -200,29 +219,39 @@ def adopt(
         (partial / "shard-00000.bin").symlink_to(path.resolve())
         if tokenizer:
             files.write(partial / "tokenizer.model", Path.write_bytes, tokenizer.model)
-        manifest = Manifest(
-            # the unsigned one of the same width
-            dtype=np.dtype(dtype.removeprefix("u").replace("int", "uint")).newbyteorder("<").str,
-            vocab_size=vocab_size,
-            eos_id=eos_id,
-            tokenizer=tokenizer.digest if tokenizer else "",
-            tokens=scan.tokens,
-            documents=documents,
-            text_bytes=0,
-            words=0,
-            unknown_tokens=0,
-            records={"read": documents, "kept": documents},
-            mended=0,
-            # no path: the same tokens are the same stream, wherever they lie
-            source={"adopted": "megatron" if index else "raw", "dtype": dtype, "eos_tokens": scan.eos_tokens},
-            shards=[{"name": "shard-00000.bin", "tokens": scan.tokens, "sha256": scan.sha256}],
-            documents_sha256=digest,
-            rejected_sha256="",
-        )
+        manifest = _manifest(scan, documents, digest, tokenizer)
         return commit(partial, directory, manifest)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _manifest(scan: _Scan, documents: int, documents_sha256: str, tokenizer: Tokenizer | None) -> Manifest:
+    """What the stream says of itself, after the reading."""
+    return Manifest(
+        # the unsigned one of the same width
+        dtype=np.dtype(scan.layout.dtype.removeprefix("u").replace("int", "uint")).newbyteorder("<").str,
+        vocab_size=scan.vocab_size,
+        eos_id=scan.eos_id,
+        tokenizer=tokenizer.digest if tokenizer else "",
+        tokens=scan.tokens,
+        documents=documents,
+        text_bytes=0,
+        words=0,
+        unknown_tokens=0,
+        records={"read": documents, "kept": documents},
+        mended=0,
+        # no path: the same tokens are the same stream, wherever they lie
+        source={
+            "adopted": scan.layout.program,
+            "dtype": scan.layout.dtype,
+            "header_bytes": scan.layout.header_bytes,
+            "eos_tokens": scan.eos_tokens,
+        },
+        shards=[{"name": "shard-00000.bin", "tokens": scan.tokens, "sha256": scan.sha256}],
+        documents_sha256=documents_sha256,
+        rejected_sha256="",
+    )
 
 
 def _write_documents(path: Path, index: MegatronIndex | None, scan: _Scan) -> tuple[int, str]:
@@ -253,22 +282,56 @@ def _check_vocabulary(vocab_size: int, eos_id: int, tokenizer: Tokenizer | None)
         )
 
 
-def _checked_dtype(source: Path, index: MegatronIndex | None, dtype: str, vocab_size: int) -> str:
-    """The dtype of the tokens, which holds every id of the vocabulary."""
-    if index and dtype not in ("", index.dtype):
-        raise UserError(f"--dtype={dtype}: {source} says {index.dtype}; leave --dtype away")
-    if not index and dtype not in RAW_DTYPES:
-        hint = f", or {source.with_suffix('.idx')}" if source.with_suffix(".idx").exists() else ""
-        raise UserError(f"{source}: raw tokens do not tell their dtype; give --dtype={' or '.join(RAW_DTYPES)}{hint}")
+def _layout_of(path: Path, dtype: str) -> _Layout:
+    """How a file of tokens without an index begins."""
+    size = _size_of(path)
+    with path.open("rb") as file:
+        header = file.read(LLMC_HEADER.size)
+    if header.startswith(NPY_MAGIC) or path.suffix == ".npy":
+        return _npy_layout(path, size)
 
-    dtype = index.dtype if index else dtype
-    holds = int(np.iinfo(dtype).max) + 1
+    if len(header) == LLMC_HEADER.size:
+        magic, version, tokens = LLMC_HEADER.unpack(header)
+        found = LLMC_DTYPES.get((magic, version), "")
+        if found and size == LLMC_HEADER.size + tokens * np.dtype(found).itemsize:
+            return _Layout("llm.c", found, LLMC_HEADER.size)
+        if found:
+            raise UserError(f"{path}: its header is llm.c's and tells of {tokens} tokens of {found}, but it has {size} "
+                            "bytes; copy it again")  # fmt: skip
+
+    if dtype not in RAW_DTYPES:
+        hint = f", or {path.with_suffix('.idx')}" if path.with_suffix(".idx").exists() else ""
+        raise UserError(f"{path}: raw tokens do not tell their dtype; give --dtype={' or '.join(RAW_DTYPES)}{hint}")
+    return _Layout("raw", dtype)
+
+
+def _npy_layout(path: Path, size: int) -> _Layout:
+    """That of an array of numpy: one dimension of little-endian integers."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(
+            f"{path}: cannot be read as an array of numpy ({error}); save it again with numpy.save"
+        ) from error
+
+    if array.ndim != 1 or array.dtype.kind not in "iu" or array.dtype.newbyteorder("<") != array.dtype:
+        raise UserError(
+            f"{path}: an array of {array.dtype} and shape {array.shape}, expected integers in one dimension, "
+            "little-endian; save it anew, as with numpy.save(path, array.reshape(-1).astype('<u2'))"
+        )
+    return _Layout("npy", array.dtype.name, size - array.nbytes)
+
+
+def _check_dtype(source: Path, layout: _Layout, dtype: str, vocab_size: int) -> None:
+    """Refuse another dtype than that of the tokens, and one that cannot hold every id of the vocabulary."""
+    if dtype not in ("", layout.dtype):
+        raise UserError(f"--dtype={dtype}: {source} says {layout.dtype}; leave --dtype away")
+    holds = int(np.iinfo(layout.dtype).max) + 1
     if not 1 <= vocab_size <= min(holds, 2**32):
         raise UserError(
-            f"--vocab-size={vocab_size}: {source} has tokens of {dtype}, whose ids are below {min(holds, 2**32)}; "
-            "give the --vocab-size and the --dtype with which it was written"
+            f"--vocab-size={vocab_size}: {source} has tokens of {layout.dtype}, whose ids are below "
+            f"{min(holds, 2**32)}; give the --vocab-size and the --dtype with which it was written"
         )
-    return dtype
 
 
 def _size_of(path: Path) -> int:

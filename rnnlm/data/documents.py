@@ -22,7 +22,7 @@ from rnnlm.config import CorpusConfig
 from rnnlm.data.decompress import DamagedError, read_chunks
 from rnnlm.data.filetypes import document_of, is_table
 from rnnlm.data.jobs import Job
-from rnnlm.data.records import Block, blocks, first_byte, split_records
+from rnnlm.data.records import Block, blocks, first_byte, leading_blank, split_records, without_end
 from rnnlm.data.sources import Source
 from rnnlm.data.tables import Values, table_units
 from rnnlm.errors import UserError
@@ -204,8 +204,8 @@ class _Parser:
     def _long_document(self, first: Block, others: Iterator[Block]) -> Iterator[Item]:
         """A record that is longer than a document in memory may be; the blocks behind its first one are the next."""
         if self.corpus.document == "paragraph" and first.offset == 0:  # blank lines that a file begins with
-            text = first.data.lstrip(b"\r\n")
-            first = first._replace(offset=len(first.data) - len(text), data=text)
+            begin = leading_blank(first.data)
+            first = first._replace(offset=begin, data=first.data[begin:])
         raw = _raw_parts(first, others, self.corpus.document)
 
         if self.corpus.document == "jsonl":  # JSON can only be parsed whole
@@ -248,12 +248,7 @@ def _raw_parts(first: Block, others: Iterator[Block], document: str) -> Iterator
         yield block.data
         block = next(others)
 
-    if document == "file":
-        yield block.data
-    elif document == "paragraph":
-        yield block.data.rstrip(b"\r\n")
-    else:
-        yield block.data.removesuffix(b"\n").removesuffix(b"\r")
+    yield without_end(block.data, document)
 
 
 def _is_utf8(data: bytes) -> bool:

@@ -1,8 +1,9 @@
 r"""Bytes as they are read -> blocks of whole records -> records: lines, paragraphs, or whole files.
 
 A line ends at a line feed, with or without a carriage return before it; a paragraph at blank lines, whatever their
-number. A file is cut in two stages: as it is read into *blocks*, each of whole records that start in one unit, and
-a block into records, all at once by `bytes.split` or one expression:
+number. Blank is a line without a character, or with at most 253 spaces and tabs: a bound, so that a worker who begins
+in the middle of a file need not look far back. A file is cut in two stages: as it is read into *blocks*, each of whole
+records that start in one unit, and a block into records, all at once by `bytes.split` or one expression:
 
     bytes      a \n b b \n c | c c \n d \n ...     a chunk ends anywhere, here within c
     blocks     a \n b b \n   | c c c \n d \n       it ends where its last record does; the rest waits for more bytes
@@ -23,7 +24,10 @@ from typing import NamedTuple
 from rnnlm.config import CorpusConfig
 from rnnlm.data.decompress import CHUNK_BYTES
 
-SEPARATOR = re.compile(rb"\n\r?\n(?:\r?\n)*")  # blank lines, whatever their number
+LOOK_BACK = 256  # bytes of the longest line end and blank line behind it
+SEPARATOR = re.compile(rb"\n(?:[ \t]{0,253}\r?\n)+")  # blank lines, whatever their number
+BLANK_LINES = re.compile(rb"(?:[ \t]{0,253}\r?\n)*")  # that a file begins with
+BEGUN = re.compile(rb"[ \t]{0,253}\r?\Z")  # what may become one more blank line
 
 
 class Block(NamedTuple):
@@ -37,7 +41,7 @@ class Block(NamedTuple):
 
 def first_byte(unit: int, corpus: CorpusConfig) -> int:
     """Where to start reading for a unit: so many bytes before it as show whether a record starts at its very edge."""
-    return max(0, unit * corpus.unit_bytes - (3 if corpus.document == "paragraph" else 1))
+    return max(0, unit * corpus.unit_bytes - (LOOK_BACK if corpus.document == "paragraph" else 1))
 
 
 def blocks(chunks: Iterator[bytes], corpus: CorpusConfig, only: int | None = None) -> Iterator[Block]:
@@ -49,7 +53,7 @@ def blocks(chunks: Iterator[bytes], corpus: CorpusConfig, only: int | None = Non
     for chunk in chain(chunks, [b""]):  # an empty one behind the last: the file's end
         cutter.buffer += chunk
         if not cutter.at_record:
-            cutter.skip_to_first_record()
+            cutter.skip_to_first_record(final=not chunk)
 
         while not cutter.is_past_unit() and (block := cutter.next_block(final=not chunk)):
             yield block
@@ -65,7 +69,7 @@ def split_records(block: Block, document: str) -> Iterator[tuple[int, bytes]]:
         return
 
     if document == "paragraph":
-        begin = 0 if offset else len(data) - len(data.lstrip(b"\r\n"))  # a file may begin with blank lines
+        begin = 0 if offset else leading_blank(data)
         for separator in SEPARATOR.finditer(data, begin):
             yield offset + begin, data[begin : separator.start()].rstrip(b"\r\n")
             begin = separator.end()
@@ -79,6 +83,22 @@ def split_records(block: Block, document: str) -> Iterator[tuple[int, bytes]]:
     for line in lines:
         yield offset, line[:-1] if line.endswith(b"\r") else line
         offset += len(line) + 1
+
+
+def leading_blank(data: bytes | bytearray) -> int:
+    """Bytes of the blank lines with which a file begins."""
+    found = BLANK_LINES.match(data)
+    return found.end() if found else 0
+
+
+def without_end(data: bytes, document: str) -> bytes:
+    """The last bytes of a record, without what ends it."""
+    if document == "file":
+        return data
+    if document == "paragraph":
+        separator = SEPARATOR.search(data)
+        return data[: separator.start() if separator else len(data)].rstrip(b"\r\n")
+    return data.removesuffix(b"\n").removesuffix(b"\r")
 
 
 class _Cutter:
@@ -100,9 +120,9 @@ class _Cutter:
         behind = self.only is not None and self.start >= (self.unit + 1) * self.unit_bytes
         return behind and not self.in_long_record
 
-    def skip_to_first_record(self) -> None:
+    def skip_to_first_record(self, final: bool) -> None:
         """Drop what belongs to a record before the unit, as far as it is read."""
-        cut = _next_start(self.buffer, self.unit * self.unit_bytes - self.start, self.document, final=False)
+        cut = _next_start(self.buffer, self.unit * self.unit_bytes - self.start, self.document, final)
         self.at_record = cut >= 0
         self._drop(cut if self.at_record else max(0, _sure_bytes(self.buffer, self.document)))
 
@@ -114,8 +134,7 @@ class _Cutter:
         if not self.in_long_record:
             if cut := self._end_of_whole_records(final):
                 return self._cut_off(cut)
-            text = self.buffer if self.document == "file" else self.buffer.strip(b"\r\n")
-            if len(text) <= self.longest:
+            if self._text_bytes() <= self.longest:
                 return None
             self.in_long_record = True
 
@@ -123,9 +142,18 @@ class _Cutter:
         self.in_long_record = cut < 0
         if self.in_long_record:
             # blank lines before a file's first paragraph go with some of its text, else it would be an empty one
-            blank = len(self.buffer) - len(self.buffer.lstrip(b"\r\n")) if self.start == 0 else 0
-            cut = min(_sure_bytes(self.buffer, self.document), max(CHUNK_BYTES, blank + 1))
+            cut = min(_sure_bytes(self.buffer, self.document), max(CHUNK_BYTES, self._leading() + 1))
         return self._cut_off(cut) if cut > 0 else None
+
+    def _leading(self) -> int:
+        """Bytes of blank lines before the first paragraph of a file."""
+        return leading_blank(self.buffer) if self.document == "paragraph" and self.start == 0 else 0
+
+    def _text_bytes(self) -> int:
+        """How long the record at the buffer's start is at least."""
+        if self.document == "paragraph":
+            return _before_line_ends(self.buffer) - self._leading()
+        return len(self.buffer if self.document == "file" else self.buffer.strip(b"\r\n"))
 
     def _end_of_whole_records(self, final: bool) -> int:
         """Where the last whole record ends that starts in the same unit as the first; 0 if not even this one ends."""
@@ -143,9 +171,15 @@ class _Cutter:
         self.start += size
 
 
+def _before_line_ends(buffer: bytearray) -> int:
+    """Where the line ends and blank lines begin with which the bytes end; those of the last one may be to come."""
+    line_end = buffer.find(b"\n", len(buffer.rstrip(b" \t\r\n")))
+    return len(buffer[:line_end].rstrip(b"\r")) if line_end >= 0 else len(buffer.rstrip(b"\r"))
+
+
 def _sure_bytes(buffer: bytearray, document: str) -> int:
     """How many bytes of a record without an end can hold no part of a separator; below 0: none."""
-    end = len(buffer.rstrip(b"\r\n")) if document == "paragraph" else len(buffer)
+    end = _before_line_ends(buffer) if document == "paragraph" else len(buffer)
     return min(end, len(buffer) - 3)
 
 
@@ -156,11 +190,10 @@ def _next_start(buffer: bytearray, low: int, document: str, final: bool) -> int:
             return found + 1
 
         if document == "paragraph":
-            # from 3 bytes before: a separator that ends at `low` may be so long; of a longer one its end is enough
-            for separator in SEPARATOR.finditer(buffer, max(low - 3, 0)):
+            # a separator that ends at `low` may begin so far before; of a longer one its end is enough
+            for separator in SEPARATOR.finditer(buffer, max(low - LOOK_BACK, 0)):
                 end = separator.end()
-                ended = final or bytes(buffer[end : end + 2]) not in (b"", b"\r")  # else the next chunk may prolong it
-                if end >= low and ended:
+                if end >= low and (final or not BEGUN.match(buffer, end)):  # else the next chunk may prolong it
                     return end
     return len(buffer) if final else -1
 
@@ -168,8 +201,17 @@ def _next_start(buffer: bytearray, low: int, document: str, final: bool) -> int:
 def _last_start(buffer: bytearray, document: str) -> int:
     """The last place where a record starts behind another; 0 if there is none."""
     if document == "paragraph":
-        end = len(buffer.rstrip(b"\r\n"))  # blank lines at the end may be continued in the next chunk
-        found = max(buffer.rfind(b"\n\n", 0, end), buffer.rfind(b"\n\r\n", 0, end))
-        separator = SEPARATOR.match(buffer, found) if found >= 0 else None
-        return separator.end() if separator else 0
+        return _last_paragraph(buffer, _before_line_ends(buffer))  # blank lines at the end may be continued
     return 0 if document == "file" else buffer.rfind(b"\n") + 1
+
+
+def _last_paragraph(buffer: bytearray, end: int) -> int:
+    """Where the last paragraph before `end` starts behind another; 0 if there is none."""
+    size = 2**12
+    while True:
+        low, start = max(0, end - size), 0
+        for separator in SEPARATOR.finditer(buffer, low, end):
+            start = separator.end()
+        if start or not low:
+            return start
+        size *= 8  # it is most often near

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rnnlm.data.stream_format import Manifest, StreamError, header_bytes, is_raw, npy_header
+from rnnlm.data.stream_format import Manifest, StreamError, is_raw, npy_header
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
 
@@ -67,7 +67,7 @@ class TokenStream:
         if "/" in name or os.sep in name or name == "..":
             raise StreamError(f"{self.directory}: a shard is called {name!r}, outside the directory; build it again")
         found = sizes.get(name, -1)
-        size = header_bytes(name) + data_bytes
+        size = self.manifest.header_bytes(name) + data_bytes
         if found != size:
             state = "is missing" if found < 0 else f"has {found} bytes"
             again = "adopt" if is_raw(name) else "build"
@@ -84,10 +84,10 @@ class TokenStream:
 
     def _map(self, name: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """The array of this dtype and shape behind a file's header, mapped."""
-        path, offset = self.directory / name, header_bytes(name)
+        path, offset = self.directory / name, self.manifest.header_bytes(name)
         try:
             with path.open("rb") as file:
-                if offset and file.read(offset) != npy_header(dtype, shape):
+                if not is_raw(name) and file.read(offset) != npy_header(dtype, shape):
                     raise StreamError(f"{path}: its header is not that of {dtype} {shape}; copy it again")
         except FileNotFoundError as error:
             raise StreamError(f"{path}: was removed since the stream was opened; put it back, and resume") from error

@@ -8,9 +8,9 @@
     origins.npy          int64 (documents, 2): line of sources.jsonl, byte or row where the document starts in that file
     rejected.jsonl       if any record was rejected or repaired: {"file", "at", "reason"} a line; `at` is a byte or row
 
-An adopted stream (adopt.py) has links to another program's raw tokens instead, shard-00000.bin, without a header and
-unsigned of any width; tokenizer.model only if one was given; 0, unknown, for all bytes and words; and no origins.
-A stream of version 2 has none either: it lists its input files in the manifest.
+An adopted stream (adopt.py) has links to another program's raw tokens instead, shard-00000.bin, behind a header of
+that program or none, unsigned of any width; tokenizer.model only if one was given; 0, unknown, for all bytes and words;
+and no origins. A stream of version 2 has none either: it lists its input files in the manifest.
 
 Everything is plain `.npy`, so ten lines of numpy read it. A file's digest is over the bytes behind its header, since
 the header holds the final count; the header is compared with the only one that dtype and count allow. The price of
@@ -69,6 +69,10 @@ class Manifest:
         """EOS tokens in the stream: one per document, except where an adopted stream says how many it found."""
         return int(self.source.get("eos_tokens", self.documents))
 
+    def header_bytes(self, name: str) -> int:
+        """Bytes before the first number of a file: ours, or those of the other program."""
+        return int(self.source.get("header_bytes", 0)) if is_raw(name) else HEADER_BYTES
+
     def to_json(self) -> str:
         """The manifest as text, its digest in it."""
         body = {"format": FORMAT, "version": self.version, **self.__dict__}
@@ -125,7 +129,9 @@ def _wrong_field(body: Mapping[str, Any], version: int) -> str:
         "dtype": lambda value: value in ("|u1", "<u2", "<u4", "<u8"),
         "eos_id": lambda value: value == -1 or _is_count(value),
         "records": lambda value: isinstance(value, dict) and "read" in value and all(map(_is_count, value.values())),
-        "source": lambda value: isinstance(value, dict) and _is_count(value.get("eos_tokens", 0)),
+        "source": lambda value: (
+            isinstance(value, dict) and all(_is_count(value.get(name, 0)) for name in ("eos_tokens", "header_bytes"))
+        ),
         "sources": lambda value: isinstance(value, dict) and all(map(_is_source, value.values())),
         "shards": lambda value: isinstance(value, list) and len(value) > 0 and all(map(_is_shard, value)),
     }
@@ -159,13 +165,8 @@ def _is_shard(value: object) -> bool:
 
 
 def is_raw(name: str) -> bool:
-    """Whether a shard is another program's file of tokens without a header."""
+    """Whether a shard is another program's file of tokens, without a header or with one of that program."""
     return name.endswith(".bin")
-
-
-def header_bytes(name: str) -> int:
-    """Bytes before the first token of a shard."""
-    return 0 if is_raw(name) else HEADER_BYTES
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:

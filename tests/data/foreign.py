@@ -24,6 +24,21 @@ def write_raw(path: Path, tokens: list[int] | npt.NDArray[Any], dtype: str = "ui
     return path
 
 
+def write_llmc(path: Path, tokens: list[int], dtype: str = "uint16", count: int | None = None) -> Path:
+    """A .bin of llm.c, as `write_datafile` of its dev/data/data_common.py does; `count` is what its header tells."""
+    header = np.zeros(256, "<i4")
+    magic, version = {"uint16": (20240520, 1), "uint32": (20240801, 7)}[dtype]
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + write_raw(path, tokens, dtype).read_bytes())
+    return path
+
+
+def write_npy(path: Path, array: Any, dtype: str = "uint16") -> Path:
+    """An array as numpy saves it."""
+    np.save(path, np.asarray(array).astype(dtype))
+    return path
+
+
 def write_megatron(
     path: Path, sequences: list[list[int]], marks: list[int], dtype: str = "int32", gap: int = 0
 ) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from conftest import RunScript, TrainHere, records, results
-from foreign import CODES, ENDS, MARKS, SEQUENCES, TOKENS, plain, write_megatron, write_raw
+from foreign import CODES, ENDS, MARKS, SEQUENCES, TOKENS, plain, write_llmc, write_megatron, write_npy, write_raw
 
 from rnnlm.config import Config, EvalConfig, ModelConfig, RunConfig, StreamConfig
 from rnnlm.data.adopt import adopt
@@ -66,6 +67,36 @@ def test_a_megatron_dataset_is_a_stream(
     assert [name for name, _ in stream.verify()] == ["shard-00000.bin", "documents.npy"]
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "uint32", "int64"])
+def test_an_array_of_numpy_is_a_stream_of_its_numbers_alone(tmp_path: Path, dtype: str) -> None:
+    path = write_npy(tmp_path / "t.npy", TOKENS, dtype)
+    manifest = adopt(path, tmp_path / "s", 10, 1)
+    assert (manifest.tokens, manifest.source["dtype"], manifest.source["adopted"]) == (len(TOKENS), dtype, "npy")
+    assert_ring(TokenStream(tmp_path / "s"), np.array(TOKENS))
+    assert list(TokenStream(tmp_path / "s").verify())
+
+    path.rename(tmp_path / "t.bin")  # its name does not matter
+    assert adopt(tmp_path / "t.bin", tmp_path / "again", 10, 1, dtype).digest == manifest.digest
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_a_file_of_llmc_is_a_stream_without_its_header(tmp_path: Path, dtype: str) -> None:
+    manifest = adopt(write_llmc(tmp_path / "t.bin", TOKENS, dtype), tmp_path / "s", 10, 1)
+    assert (manifest.tokens, manifest.source["dtype"], manifest.source["header_bytes"]) == (len(TOKENS), dtype, 1024)
+    assert_ring(TokenStream(tmp_path / "s"), np.array(TOKENS))
+    assert list(TokenStream(tmp_path / "s").verify())
+    write_raw(tmp_path / "t.bin", TOKENS, dtype)
+    with pytest.raises(StreamError, match=r"t.bin: has \d+ bytes, expected \d+ bytes; .* adopt the stream again"):
+        TokenStream(tmp_path / "s")
+
+
+def test_a_stream_that_an_earlier_version_adopted_is_read(tmp_path: Path) -> None:
+    manifest = adopt(write_raw(tmp_path / "t.bin", TOKENS), tmp_path / "s", 10, 1, "uint16")
+    source = {name: value for name, value in manifest.source.items() if name != "header_bytes"}
+    (tmp_path / "s/stream.json").write_text(replace(manifest, source=source).to_json())
+    assert_ring(TokenStream(tmp_path / "s"), np.array(TOKENS))
+
+
 def test_a_vocabulary_without_eos_is_one_document(tmp_path: Path) -> None:
     manifest = adopt(write_raw(tmp_path / "c.bin", [3, 1, 2]), tmp_path / "s", 65, -1, "uint16")
     assert (manifest.documents, manifest.eos_tokens) == (1, 0)
@@ -87,6 +118,12 @@ def no_dtype(tmp: Path) -> Path:
 def cut_index(tmp: Path) -> Path:
     path = write_megatron(tmp / "t.idx", SEQUENCES, MARKS)
     path.write_bytes(path.read_bytes()[:-3])
+    return path
+
+
+def cut_array(tmp: Path) -> Path:
+    path = write_npy(tmp / "t.npy", [3, 1])
+    path.write_bytes(path.read_bytes()[:-1])
     return path
 
 
@@ -112,6 +149,16 @@ def of_floats(tmp: Path) -> Path:
     data = bytearray(path.read_bytes())
     data[17] = 6
     path.write_bytes(data)
+    return path
+
+
+def negative_length(tmp: Path) -> Path:
+    """Lengths 3, -1, 2, whose sequences seem to lie one behind the other: at bytes 0, 12 and 8."""
+    path = write_megatron(tmp / "t.idx", [[5, 9, 1], [7], [8, 1]], [0, 3])
+    data = bytearray(path.read_bytes())
+    data[38:42], data[62:70] = (-1).to_bytes(4, "little", signed=True), (8).to_bytes(8, "little")
+    path.write_bytes(data)
+    write_raw(tmp / "t.bin", [5, 9, 1, 7], "int32")
     return path
 
 
@@ -154,6 +201,28 @@ MISFITS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
         lambda tmp: write_megatron(tmp / "t.idx", SEQUENCES, MARKS),
         {"dtype": "uint16"},
         r"--dtype=uint16: .*t.idx says int32; leave --dtype away",
+    ),
+    "negative length": (negative_length, {}, r"t.idx: sequence 1 has -1 tokens from byte 12"),
+    "array of floats": (
+        lambda tmp: write_npy(tmp / "t.npy", [3, 1], "float32"),
+        {},
+        r"t.npy: an array of float32 and shape \(2,\), expected integers in one dimension, little-endian",
+    ),
+    "array of two dimensions": (lambda tmp: write_npy(tmp / "t.npy", [[3, 1]]), {}, r"uint16 and shape \(1, 2\)"),
+    "big-endian array": (lambda tmp: write_npy(tmp / "t.npy", [3, 1], ">u2"), {}, r"t.npy: an array of >u2 and shape"),
+    "array of objects": (lambda tmp: write_npy(tmp / "t.npy", [None], "O"), {}, r"t.npy: cannot be read as an array"),
+    "empty array": (lambda tmp: write_npy(tmp / "t.npy", []), {}, r"t.npy: has 0 bytes, expected a multiple of 2"),
+    "no array": (lambda tmp: write_raw(tmp / "t.npy", [3, 1]), {"dtype": "uint16"}, r"t.npy: cannot be read as an"),
+    "cut array": (cut_array, {}, r"t.npy: cannot be read as an array of numpy .*save it again"),
+    "other dtype than the array": (
+        lambda tmp: write_npy(tmp / "t.npy", [3, 1], "int32"),
+        {"dtype": "uint16"},
+        r"--dtype=uint16: .*t.npy says int32; leave --dtype away",
+    ),
+    "cut file of llm.c": (
+        lambda tmp: write_llmc(tmp / "t.bin", [3, 1], count=3),
+        {"dtype": "uint16"},
+        r"t.bin: its header is llm.c's and tells of 3 tokens of uint16, but it has 1028 bytes; copy it again",
     ),
     "gap": (
         lambda tmp: write_megatron(tmp / "t.idx", SEQUENCES, MARKS, gap=4),

@@ -17,7 +17,7 @@ from reading import COMPRESSED, PACK, read_all, rejected, texts
 
 from rnnlm.config import Config, CorpusConfig, StreamConfig
 from rnnlm.data.build.build import Build
-from rnnlm.data.filetypes import REFUSED, UNCLEAR, document_of_all
+from rnnlm.data.filetypes import MAGICS, REFUSED, TABLES, UNCLEAR, disguised, document_of_all
 from rnnlm.data.sources import corpus_sources, sources
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
@@ -70,16 +70,15 @@ def test_json_lines_among_others_are_a_mistake_within_a_source_and_none_between_
 
 
 @pytest.mark.parametrize("document", ["auto", "line", "file"])
-@pytest.mark.parametrize("suffix", sorted(REFUSED))
-def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, suffix: str, document: str) -> None:
-    for name in (f"text{suffix}", f"TEXT{suffix.upper()}.gz"):
+def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, document: str) -> None:
+    for suffix, name in ((each, name) for each in REFUSED for name in (f"text{each}", f"TEXT{each.upper()}.gz")):
         (tmp_path / name).write_bytes(b"x")
         with pytest.raises(UserError) as caught:
             sources(str(tmp_path / name), "corpus.train", document)
         assert str(caught.value) == f"corpus.train: {tmp_path}/{name}: {suffix} files cannot be read; {REFUSED[suffix]}"
 
 
-@pytest.mark.parametrize("suffix", sorted(UNCLEAR))
+@pytest.mark.parametrize("suffix", UNCLEAR)
 def test_what_may_be_documents_is_read_if_the_user_says_how(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"text{suffix}"
     path.write_bytes(LINES)
@@ -137,6 +136,17 @@ def test_a_name_that_lies_is_found_by_the_first_bytes(tmp_path: Path, kind: str,
         read_all(path)
     for policy in ("skip", "replace"):
         assert rejected(read_all(path, on_bad_record=policy)) == [(0, "no text")]
+
+
+@pytest.mark.parametrize(("offset", "magic", "kind", "suffix"), MAGICS, ids=lambda value: str(value))
+def test_every_magic_is_known_and_has_a_way_out(offset: int, magic: bytes, kind: str, suffix: str) -> None:
+    begin = b"x" * offset + magic
+    found = disguised("text.txt", begin + b"more")
+    assert found is not None and found[0] == kind and found[1]
+    if suffix in (*COMPRESSED, *TABLES):
+        assert found[1] == f"give it a name that ends in {suffix}"
+    assert disguised("text.txt", begin[:-1] + b"?more") is None
+    assert disguised("text.txt", b"") is None
 
 
 @pytest.mark.parametrize("suffix", COMPRESSED)

@@ -53,8 +53,9 @@ def bytes_of(*alphabet: bytes) -> st.SearchStrategy[bytes]:
 
 def expected(data: bytes, corpus: CorpusConfig) -> list[Found]:
     """What is in text.txt with these bytes, the obvious way: split all of them at once."""
-    edge = re.compile(rb"\r?\n" if corpus.document == "line" else rb"(\r?\n){2,}")
-    begin = 0 if corpus.document == "line" else len(data) - len(data.lstrip(b"\r\n"))
+    edge = re.compile(rb"\r?\n" if corpus.document == "line" else rb"\r?\n([ \t]{0,253}\r?\n)+")
+    blank = re.match(rb"([ \t]{0,253}\r?\n)*", data)
+    begin = blank.end() if blank and corpus.document == "paragraph" else 0
     found: list[Found] = []
 
     while begin < len(data):
@@ -89,7 +90,7 @@ def read_both_ways(directory: Path, data: bytes, chunk: int, corpus: CorpusConfi
     assert [unit for unit, _ in alone] == list(range(len(ranges))), "one for each range, what is in it or not"
     for unit, items in alone:
         for item in items:
-            first = not data[: item.offset].strip(b"\r\n")  # blank lines before the first record belong to it
+            first = not data[: item.offset].strip()  # blank lines before the first record belong to it
             assert item.offset // corpus.unit_bytes == unit or (first and unit == 0), "a unit has what starts in it"
 
     same = [(unit, [item._replace(name="text.txt") for item in items]) for unit, items in streamed if items]
@@ -100,7 +101,7 @@ def read_both_ways(directory: Path, data: bytes, chunk: int, corpus: CorpusConfi
 @given(
     st.one_of(
         st.tuples(st.just("line"), bytes_of(b"\r", b"\xff", b"\xc3")),
-        st.tuples(st.just("paragraph"), bytes_of(b"\n\n", b"\r\n\r\n", b"\xff", b"\xc3")),
+        st.tuples(st.just("paragraph"), bytes_of(b"\n\n", b"\r\n\r\n", b"\n \n", b"\t", b"\xff", b"\xc3")),
     ),
     st.integers(1, 40),
     st.integers(3, 50),
@@ -109,6 +110,11 @@ def read_both_ways(directory: Path, data: bytes, chunk: int, corpus: CorpusConfi
 @example(("line", b"aaaa\n"), 9, 3, 9)
 @example(("line", b"aaa\r\n"), 9, 3, 4)
 @example(("paragraph", b"\n" + b"a" * 9), 20, 3, 3)
+@example(("paragraph", b"\n\n "), 1, 3, 1)
+@example(("paragraph", b"aaaa\n" + b" " * 253 + b"\r\nb"), 257, 3, 20)
+@example(("paragraph", b"aaaa\n" + b" " * 253 + b"\r\nb"), 260, 300, 1)
+@example(("paragraph", b"aaaa\n" + b" " * 254 + b"\nb"), 260, 300, 1)
+@example(("paragraph", b" \t\n \n  aaaa\n\t\r\n \n b"), 3, 3, 3)
 @example(("paragraph", b"\n\n" * 30 + b"a" * 20), 7, 9, 5)
 @example(("paragraph", b"aaaa\n\n\n\n\nb"), 20, 3, 3)
 @example(("paragraph", b"aaaa" + b"\n" * 30 + b"bbbb" + b"\r\n" * 30 + b"c"), 5, 3, 7)
@@ -156,3 +162,14 @@ def test_oversized_json_is_the_same_in_any_units(
             document = Document("d.jsonl", item.offset, b"x" * size, False)
             assert item == (document if size else Rejected("d.jsonl", item.offset, "empty"))
     assert found == read_all(path, unit_bytes=10**6, **options), "where the JSON is longer than its text may be"
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\t", "  \t ", " " * 253])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_of_spaces_and_tabs_ends_a_paragraph(tmp_path: Path, blank: str, end: str) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(end.join([blank, "  one", "two", blank, blank, "\tthree", blank]).encode())
+    assert texts(read_all(path, document="paragraph")) == [
+        f"  one{end}two",
+        "\tthree" + ("" if not blank else end + blank),
+    ]

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,19 @@ def test_fault_28_a_token_outside_the_vocabulary_is_never_wrapped(
     with pytest.raises(StreamError, match=f"token {token} is outside the vocabulary of 300"):
         write_shard(tmp_path / "shard-00000.npy", [np.array([4, token, 1])], tokenizer)
     assert not (tmp_path / "shard-00000.npy").exists()
+
+
+def test_verify_refuses_the_first_id_behind_the_vocabulary(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_stream(tmp_path / "s", tokenizer, [5, 298, 1], shard_tokens=9)
+    manifest = Manifest.read(tmp_path / "s")
+    for vocab_size in (299, 298):  # of a stream without a tokenizer, which would tell its own
+        forged = replace(manifest, tokenizer="", vocab_size=vocab_size)
+        (tmp_path / "s/stream.json").write_text(forged.to_json())
+        (tmp_path / "s/tokenizer.model").unlink(missing_ok=True)
+        if vocab_size == 299:
+            assert list(TokenStream(tmp_path / "s").verify())
+    with pytest.raises(StreamError, match=r"shard-00000.npy: a token outside the vocabulary"):
+        list(TokenStream(tmp_path / "s").verify())
 
 
 def test_dtype_holds_every_id() -> None:

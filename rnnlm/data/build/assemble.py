@@ -64,11 +64,10 @@ PART_DOCUMENTS = 2**20  # whose rows are counted, or whose places are written, b
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What a task needs to know of its build; it travels with each."""
+    """Where a build does what."""
 
     config: Config
     work: Path  # the directory of the build's own files
-    digest: str  # of the tokenizer
 
     def holds_out(self, split: str) -> bool:
         """Whether some of this split's documents go to the valid stream."""
@@ -101,11 +100,10 @@ class Assembler:
             DamagedUnitError: a unit file is not what was written.
         """
         chosen, source = self._choose()
+        kept = {target: choice.records["kept"] for target, choice in chosen.items()}
         for target, choice in chosen.items():
-            if not any(selection.totals[1] for selection in choice.selections):
-                hint = ", or a larger stream.valid_fraction" if target == "valid" else ""
-                found = f"{choice.records['read']} records, none kept"
-                raise UserError(f"corpus.{target}: no text in it ({found}); give a corpus with text{hint}")
+            if not kept[target]:
+                raise UserError(_why_empty(target, kept, choice.records["read"], self.context))
 
         order = sorted(targets, key=lambda split: (split == "train", split))  # what training opens first comes last
         for target in order:
@@ -350,6 +348,23 @@ class Assembler:
 
         files.write(path, join)
         return sha256.hexdigest()
+
+
+def _why_empty(target: str, kept: dict[str, int], read: int, context: BuildContext) -> str:
+    """What to say of a stream without a document; `kept` are the documents of all streams, `read` its own records."""
+    documents, stream = kept.get("train", 0) + kept.get("valid", 0), context.config.stream
+    if not context.holds_out("train") or target == "test" or not documents:
+        return f"corpus.{target}: no text in it ({read} records, none kept); give a corpus with text"
+
+    other = "valid" if target == "train" else "train"
+    what = "is one document, whose hash gives it"
+    if documents > 1:
+        what = f"has {documents} documents, whose hashes give all of them"
+    return (
+        f"corpus.train {what} to {other} (stream.valid_fraction={stream.valid_fraction}), so {target} would be empty; "
+        "give corpus.valid text of its own, cut the text into more documents, as with corpus.document=line or "
+        "paragraph, or set stream.valid_fraction=0 to have no valid stream"
+    )
 
 
 def _cut_into_parts(items: Sequence[AnyItem], documents: Sequence[int]) -> list[list[AnyItem]]:

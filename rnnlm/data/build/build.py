@@ -74,7 +74,7 @@ class Build:
         self.task = parse_task(config.build.task)
         self.inputs = Inputs(corpus_sources(config.corpus), self.directory / "build/inputs.jsonl")
 
-        self.context = BuildContext(config, self._work(), tokenizer.digest)
+        self.context = BuildContext(config, self._work())
         hashes = config.corpus.deduplicate or any(share % 1 for share in config.corpus.shares.values())
         splits = self.inputs.by_split
         self.encoding = EncodeContext.of(config, splits, hashes, tokenizer.digest, self.context.work)

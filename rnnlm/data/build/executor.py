@@ -117,6 +117,7 @@ class WorkerPool:
         Raises:
             Whatever else a task raises, as soon as it does.
         """
+        self._settle()
         waiting, suspects, failed = deque(tasks), deque[Any](), list[Any]()
         failures: Counter[int] = Counter()  # by id of the task: tasks need not be hashable
 
@@ -136,6 +137,14 @@ class WorkerPool:
                     continue
                 failures[id(task)] += 1
                 (suspects if failures[id(task)] < 2 else failed).append(task)
+
+    def _settle(self) -> None:
+        """Wait for what is left of a call that raised; what has not begun does not."""
+        for slot in self._slots:
+            for future in slot.running:
+                future.cancel()
+            wait(slot.running)
+            slot.running.clear()
 
     def _submit(self, function: Callable[[Any, Any], None], context: Any, tasks: deque[Any], limit: int) -> None:
         """Hand on tasks until every executor has as many as its limit."""

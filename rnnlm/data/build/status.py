@@ -24,6 +24,10 @@ def report(directory: Path) -> Iterator[str]:
         if (directory / split / "stream.json").exists():
             yield f"{directory / split}: is there"
 
+    units = [path.stat().st_size for path in directory.glob("build/units/*/*.unit")]
+    if units:
+        yield f"{directory / 'build/units'}: {len(units):,} unit(s) encoded, {sum(units) / 1e6:,.1f} MB"
+
     builds = sorted(path for path in directory.glob("build/work-*") if path.is_dir())
     for work in builds:
         yield f"{work}:"
@@ -52,7 +56,8 @@ def _report_phases(work: Path) -> Iterator[str]:
         if phase != phases[-1]:
             done = len(paths)
         since = f", the last one {max(0, now - newest):.0f} s ago" if newest else ""
-        yield f"  {phase.stem}: {done:,} of {len(paths):,} files, {size / 1e6:,.1f} MB{since}"
+        written = f", {size / 1e6:,.1f} MB" if phase.stem != "encode" else ""  # these only tell of units
+        yield f"  {phase.stem}: {done:,} of {len(paths):,} files{written}{since}"
 
 
 def _held(locks: Path) -> Iterator[str]:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import make_text
 
 from rnnlm.config import Config, CorpusConfig, StreamConfig
+from rnnlm.data.build import encode, executor
 from rnnlm.data.build.build import Build
+from rnnlm.data.build.encode import EncodeTask, run_encode_task
+from rnnlm.data.build.shared_tasks import LOCKS
+from rnnlm.data.jobs import jobs
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
+from rnnlm.hashing import fraction_of
 
 
 def config_of(directory: Path, train: object, **corpus: object) -> Config:
@@ -99,3 +107,53 @@ def test_an_empty_corpus_is_refused_and_leaves_no_stream(tmp_path: Path, tokeniz
     with pytest.raises(UserError, match=r"corpus.train: no text in it"):
         Build(config_of(tmp_path / "out", str(tmp_path / "empty.txt")), tokenizer).run(lambda size: None)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["build"]
+
+
+def test_a_job_that_has_to_stop_does_so_between_two_units(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt.gz").write_bytes(gzip.compress("\n".join(make_text(200, seed=6)).encode()))
+    build = Build(config_of(tmp_path / "out", str(tmp_path / "text.txt.gz"), unit_bytes=2000), tokenizer)
+    context = build.encoding
+    for path in (context.work / "jobs", context.work / LOCKS, context.directory("train")):
+        path.mkdir(parents=True)
+    (context.work / "tokenizer.model").write_bytes(tokenizer.model)
+    (job,) = jobs("train", build.inputs.by_split["train"], build.config.corpus, 1)
+    task = EncodeTask(job, context.entry_path(job))
+
+    stop, write_unit = threading.Event(), encode.write_unit
+
+    def third_is_the_last(path: Path, *arguments: Any) -> None:
+        write_unit(path, *arguments)
+        if path.stem.endswith("-000002"):
+            stop.set()
+
+    monkeypatch.setattr(executor, "_stop", stop)
+    monkeypatch.setattr(encode, "write_unit", third_is_the_last)
+    run_encode_task(context, task)
+    assert len(list(context.directory("train").iterdir())) == 3 and not task.path.exists()
+
+    stop.clear()
+    monkeypatch.setattr(encode, "write_unit", write_unit)
+    run_encode_task(context, task)
+    assert len(list(context.directory("train").glob("*.unit"))) > 3 and task.path.exists()
+
+
+@pytest.mark.parametrize("empty", ["train", "valid"])
+def test_a_corpus_of_one_document_says_why_a_split_is_empty_and_what_helps(
+    tmp_path: Path, tokenizer: Tokenizer, empty: str
+) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("anna sees the cat\n\nbob likes a dog\n")
+    held_out = fraction_of(path.read_bytes(), 0)
+    fraction = (held_out + 1) / 2 if empty == "train" else held_out / 2
+    stream = StreamConfig(directory=str(tmp_path / "s"), valid_fraction=fraction)
+    one = Config(corpus=CorpusConfig(train=str(path), document="file"), stream=stream)
+
+    other = "valid" if empty == "train" else "train"
+    with pytest.raises(
+        UserError, match=rf"corpus.train is one document, whose hash gives it to {other} .*, so {empty} "
+    ):
+        Build(one, tokenizer).run(lambda size: None)
+    whole = dataclasses.replace(one, stream=dataclasses.replace(stream, valid_fraction=0))
+    assert set(run(whole, tokenizer)) == {"train"}, "the last way out that the message names"

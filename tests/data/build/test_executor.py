@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rnnlm.data.build.executor import process_pool
+import pytest
+
+from rnnlm.data.build.executor import WorkerPool, process_pool, stopping
 
 MEETING = 3  # workers that must run at the same time
 
@@ -51,3 +55,44 @@ def test_tasks_that_die_twice_have_failed_and_only_they_are_tried_again(tmp_path
     assert sorted(failed) == [0, 4, 8]
     tried = [int(line) for line in (tmp_path / "log").read_text().split()]
     assert sorted(tried) == sorted([*range(9), 0, 4, 8])
+
+
+def test_tasks_that_run_when_another_raises_are_no_part_of_the_next_call() -> None:
+    begun, leave = threading.Event(), threading.Event()
+
+    def work(context: None, task: str) -> None:
+        if task == "slow":
+            begun.set()
+            leave.wait(30)
+        elif task == "bad":
+            begun.wait(30)
+            raise ValueError(task)
+
+    done: list[str] = []
+    with WorkerPool(lambda: ThreadPoolExecutor(2), 2) as pool:
+        with pytest.raises(ValueError, match="bad"):
+            pool.run(work, None, ["slow", "bad", "never begun"])
+        leave.set()
+        assert pool.run(work, None, ["a", "b"], done.append) == []
+    assert sorted(done) == ["a", "b"]
+
+
+def last_until_stopped(directory: Path, task: str) -> None:
+    """One raises when the other runs, which lasts until it is told to stop, as a job does at the end of a unit."""
+    until = time.monotonic() + 30
+    if task == "bad":
+        while not (directory / "begun").exists():
+            assert time.monotonic() < until
+        raise ValueError(task)
+
+    (directory / "begun").touch()
+    while not stopping():
+        assert time.monotonic() < until, "nobody tells it"
+    (directory / "stopped").touch()
+
+
+def test_a_pool_that_is_left_early_stops_its_workers(tmp_path: Path) -> None:
+    """By an error, or by Ctrl-C: nobody waits for the end of a compressed file."""
+    with pytest.raises(ValueError, match="bad"), process_pool(2) as pool:
+        pool.run(last_until_stopped, tmp_path, ["long", "bad"])
+    assert (tmp_path / "stopped").exists()

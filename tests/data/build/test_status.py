@@ -27,11 +27,12 @@ def test_status_tells_of_each_phase_what_is_done_and_of_each_task_who_is_at_it(
     assert done.returncode == 0, done.stderr
     assert sorted(path for path in directory.rglob("*")) == before, "it writes nothing"
 
-    first, encode, hashes, repeats, last = done.stdout.splitlines()
+    kept, first, encode, hashes, repeats, last = done.stdout.splitlines()
     (work,) = directory.glob("build/work-*")
     units = len(encoded(log))
     assert first == f"{work}:"
-    assert encode.startswith(f"  encode: {units} of {units} files, "), "in order of their beginning"
+    assert kept == f"{directory}/build/units: {units} unit(s) encoded, 0.2 MB"
+    assert encode.startswith(f"  encode: {units} of {units} files, the last one "), "in order of their beginning"
     assert hashes.startswith("  train sort hashes: 12 of 12 files, ")
     assert repeats.startswith("  train find repeats: 2 of 12 files, 0.0 MB, the last one ")
     assert last == "  in work: nothing; no process is building"
@@ -41,9 +42,9 @@ def test_status_tells_of_each_phase_what_is_done_and_of_each_task_who_is_at_it(
     assert last.startswith("  in work: train-repeats-000005 (") and "process" in last
 
     build(text, directory, tokenizer, deduplicate=True)
-    assert list(report(directory)) == [
-        f"{directory}/train: is there", f"{directory}/valid: is there", f"{directory}: no build is under way"
-    ]  # fmt: skip
+    train, valid, kept, last = report(directory)
+    assert (train, valid) == (f"{directory}/train: is there", f"{directory}/valid: is there")
+    assert f": {units} unit(s) encoded" in kept and last == f"{directory}: no build is under way"
 
 
 @pytest.mark.parametrize("directory", ["", "nowhere"])
