@@ -195,16 +195,16 @@ class Build:
         workers = self.config.build.workers or cores()
         tasks = [EncodeTask(job, self.encoding.entry_path(job)) for job in self._jobs(workers * self.task[1])]
         damaged = Counter[Path]()
-        with self._make_pool(executor, min(workers, len(tasks))) as pool:
-            shared = SharedPool(pool, self.context.work, self.task)
-            while True:
-                try:
+        while True:
+            try:
+                with self._make_pool(executor, min(workers, len(tasks))) as pool:  # ends what runs beside a failed task
+                    shared = SharedPool(pool, self.context.work, self.task)
                     self._encode(tasks, shared, progress)
                     units = self._units(tasks)
                     assembler = Assembler(self.context, self.tokenizer, self.source(), self.inputs, units, shared)
                     return assembler.run(targets, lambda: check_unchanged(self.inputs.all()))
-                except DamagedUnitError as error:
-                    self._drop(error, damaged)
+            except DamagedUnitError as error:
+                self._drop(error, damaged)
 
     def _make_pool(self, executor: Callable[[], Executor] | None, workers: int) -> WorkerPool:
         if executor is not None:
