@@ -19,7 +19,7 @@ SMALL = {  # options that make a command of the README small enough for a test
     "train_tokenizer.py": ["--tokenizer.vocab_size=300"],
     "build_stream.py": ["--stream.valid_fraction=0.1"],
     "train.py": [
-        *("--train.max_steps=4", "--train.global_batch_size=8", "--train.seq_len=16", "--train.device=cpu"),
+        *("--train.max_steps=4", "--train.global_batch_size=8", "--train.seq_len=16"),
         *("--train.cpu_threads=1", "--model.hidden_size=16", "--model.embedding_size=8"),
         "--generate.prompts=a",
     ],
@@ -33,20 +33,24 @@ def readme_commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines()]
 
 
-def as_typed(line: str) -> list[str]:
-    """A command line with this Python, small options at its end, and one process where it names no number."""
+def run_as_typed(line: str, run_here: RunHere, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command line with small options at its end, and one process where it names no number."""
     words = shlex.split(line)
     script = next(word for word in words if word.endswith(".py"))
-    if words[0] == "accelerate":
-        if "--num_processes" not in words:
-            words[words.index(script) : words.index(script)] = ["--num_processes", "1"]
-        words[:2] = ["-m", "accelerate.commands.launch"]
-    else:
-        words = words[1:]
-    return [sys.executable, *words, *SMALL.get(Path(script).name, [])]
+    small = SMALL.get(Path(script).name, [])
+    if words[0] == "python":
+        return run_here(*words[1:], *small)
+
+    assert words[:2] == ["accelerate", "launch"]
+    if "--num_processes" not in words:
+        words[words.index(script) : words.index(script)] = ["--num_processes", "1"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *words[2:], *small]
+    return subprocess.run(
+        command, cwd=directory, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
 
 
-def test_every_command_of_the_readme(tmp_path: Path) -> None:
+def test_every_command_of_the_readme(run_here: RunHere, tmp_path: Path) -> None:
     for folder in ("launch", "tools", "configs"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "my.txt").write_text("\n".join(make_text(300)), encoding="utf-8")
@@ -57,9 +61,7 @@ def test_every_command_of_the_readme(tmp_path: Path) -> None:
     for number, line in enumerate(commands[2:]):
         if "configs/imdb.yaml" in line:  # the reviews are not here: the streams of my.txt take their place
             line += f" --stream.directory=streams/my --run.directory=runs/{number}"
-        done = subprocess.run(
-            as_typed(line), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120, check=False
-        )
+        done = run_as_typed(line, run_here, tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     assert [line["step"] for line in records(tmp_path / "runs/my", "start")] == [0]
 
