@@ -20,8 +20,8 @@ except ModuleNotFoundError as error:
 
 def main() -> int:
     """Read the configuration, then train; the exit code."""
-    config = read_config(TRAINING_SECTIONS, __doc__)
     with Interrupts() as interrupts:
+        config = read_config(TRAINING_SECTIONS, __doc__)
         from rnnlm.train.trainer import train
 
         return train(config, interrupts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from torch import Tensor
 from rnnlm.config import Config
 from rnnlm.errors import RunError, UserError
 from rnnlm.machine import cores
+from rnnlm.train.signals import die_with_launcher, has_lost_launcher
 
 __all__ = [
     "Accelerator",
@@ -57,8 +59,12 @@ def launched(config: Config) -> Iterator[Accelerator]:
 
     Raises:
         UserError: a device or precision that is not there, or processes that do not see each other.
+        RunError: the launcher has ended.
     """
+    if has_lost_launcher(os.environ):
+        raise RunError("the launcher has ended, without which processes do not find each other; start it again")
     accelerator = start_accelerator(config)
+    die_with_launcher(signal.SIGTERM)  # there may be something to save from now on
     try:
         yield accelerator
     except UserError as error:

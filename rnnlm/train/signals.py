@@ -2,8 +2,9 @@
 
 The first signal is only noted: training stops at the next step's boundary, saves, and leaves a marker. The second, if
 it comes a second or more after the first (a launcher passes on what the terminal has already sent), ends the process
-at once; every file is whole at any moment. A launcher that dies takes its child with it, as if by SIGTERM. One that is
-told to stop kills its children some seconds later, however long their last save takes.
+at once; every file is whole at any moment. A launcher that dies takes its child with it: as if by SIGTERM when it
+trains, and by SIGKILL before, as processes that look for each other without their launcher wait for minutes, and have
+nothing to save. One that is told to stop kills its children some seconds later, however long their last save takes.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Interrupts:
         # only signals that have a handler are written into the pipe; it need not do anything
         self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, lambda number, frame: None) for number in SIGNALS}
-        die_with_launcher()
+        die_with_launcher(signal.SIGKILL)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -70,16 +71,21 @@ class Interrupts:
         os.close(self._pipe[0])
 
 
-def die_with_launcher() -> None:
-    """Be sent SIGTERM when `accelerate launch` or torchrun dies: nobody else would end this process.
+def die_with_launcher(by: signal.Signals) -> None:
+    """Be sent this signal when `accelerate launch` or torchrun dies: nobody else would end this process.
 
     A run that was started without a launcher stays when its terminal closes, as under nohup.
     """
     parent = os.getppid()
     if is_launcher(command_of(parent)):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, by, 0, 0, 0)
         if os.getppid() != parent:  # it died meanwhile
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), by)
+
+
+def has_lost_launcher(environment: Mapping[str, str]) -> bool:
+    """Whether the launcher died before this process could ask for its signal: then the first of all is its parent."""
+    return "TORCHELASTIC_RUN_ID" in environment and os.getppid() == 1 and not is_launcher(command_of(1))
 
 
 def command_of(process: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -45,11 +46,18 @@ def test_a_launcher_is_known_by_its_program_not_by_its_arguments(command: str, e
     assert is_launcher(command.split(" ")) == expected
 
 
-@pytest.mark.parametrize(("name", "number"), [("torch_experiments/start.py", 0), ("bin/torchrun", signal.SIGTERM)])
-def test_only_a_launcher_takes_its_child_with_it(tmp_path: Path, name: str, number: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "step", "number"),
+    [
+        ("torch_experiments/start.py", "die_with_launcher(15)", 0),
+        ("bin/torchrun", "die_with_launcher(15)", signal.SIGTERM),
+        ("bin/torchrun", "Interrupts().__enter__()", signal.SIGKILL),
+    ],
+)
+def test_only_a_launcher_takes_its_child_with_it(tmp_path: Path, name: str, step: str, number: int) -> None:
     """Asked of the kernel, by the child itself: the signal that it is sent when its parent ends."""
     child = (
-        "import ctypes\nfrom rnnlm.train.signals import die_with_launcher\ndie_with_launcher()\n"
+        f"import ctypes\nfrom rnnlm.train.signals import Interrupts, die_with_launcher\n{step}\n"
         "found = ctypes.c_int()\nctypes.CDLL(None).prctl(2, ctypes.byref(found), 0, 0, 0)\nprint(found.value)\n"
     )
     script = tmp_path / name
@@ -161,3 +169,16 @@ def test_deterministic_does_not_fill_memory_that_is_about_to_be_written(monkeypa
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
         torch.set_num_threads(threads)
+
+
+def test_a_process_whose_launcher_died_before_it_could_look_says_so(
+    train_here: TrainHere, experiment: Path, launched_alone: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parent is the first process of all; without the launcher it would look for the others for minutes."""
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr("rnnlm.train.signals.command_of", lambda process: ["/sbin/init"])
+    done = train_here(f"--config={experiment}", **launched_alone)
+    assert done.returncode == 1 and "the launcher has ended" in done.stderr, done.stderr
+    monkeypatch.setattr("rnnlm.train.signals.command_of", lambda process: ["torchrun", "train.py"])
+    done = train_here(f"--config={experiment}", "--train.max_steps=1", **launched_alone)
+    assert done.returncode == 0, "a container may begin with torchrun"
