@@ -228,9 +228,10 @@ def adopt(
 
 def _manifest(scan: _Scan, documents: int, documents_sha256: str, tokenizer: Tokenizer | None) -> Manifest:
     """What the stream says of itself, after the reading."""
+    unsigned = scan.layout.dtype.removeprefix("u").replace("int", "uint")  # of the same width
+
     return Manifest(
-        # the unsigned one of the same width
-        dtype=np.dtype(scan.layout.dtype.removeprefix("u").replace("int", "uint")).newbyteorder("<").str,
+        dtype=np.dtype(unsigned).newbyteorder("<").str,
         vocab_size=scan.vocab_size,
         eos_id=scan.eos_id,
         tokenizer=tokenizer.digest if tokenizer else "",

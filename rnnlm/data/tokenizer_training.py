@@ -81,6 +81,7 @@ def _train(texts: Sequence[str], config: TokenizerConfig, vocab_size: int) -> Se
     model = io.BytesIO()
     # only where it is asked for: SentencePiece writes into the model what it is given
     options: dict[str, Any] = {"eos_piece": config.eos_piece} if config.eos_piece else {}
+
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
@@ -104,6 +105,7 @@ def _train(texts: Sequence[str], config: TokenizerConfig, vocab_size: int) -> Se
         )
     except RuntimeError as error:
         raise _training_error(str(error), vocab_size) from error
+
     return SentencePieceTokenizer(model.getvalue())
 
 

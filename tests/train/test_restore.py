@@ -58,6 +58,7 @@ def attempts(name: str, run: Path, streams: Path) -> list[Config]:
     else:
         common["optim"] = {"name": "sgd", "momentum": 0.9, "learning_rate": 0.5, "schedule": "cosine"}
         windows, train = (8, 8, 8), {}
+
     ends = zip((4, 8, 16), windows, strict=True)
     return [
         small_config(run, streams, **common, train={"max_steps": end, "seq_len": length, **train})

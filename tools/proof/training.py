@@ -80,6 +80,7 @@ class Training:
         """Return at some moment of a phase; False: the run ended before."""
         target = begin + self.draw.randint(1, max(2, self.options.steps // 5))
         until = time.monotonic() + (self.draw.uniform(0, 8) if phase == "its start" else 1e9)
+
         while processes.first.poll() is None:
             in_save = any((self.run / "checkpoints").glob("*.partial"))
             reached = self._step() >= target
@@ -89,6 +90,7 @@ class Training:
                 "a save": reached and in_save,
                 "an evaluation": reached and self._is_evaluating(),
             }[phase]
+
             if hit:
                 time.sleep(self.draw.uniform(0, 0.02))
                 return True
