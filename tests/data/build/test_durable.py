@@ -86,6 +86,7 @@ def test_nothing_that_a_build_has_done_is_lost_with_the_power(text: Path, tokeni
     directory.mkdir()
     log, system = operations(text, directory, tokenizer), MovingFileSystem(directory)
     units, placed = set[Path](), set[Path]()
+
     for kind, path, target in [*log, ("end", directory, directory)]:
         if kind == "end" or (kind == "rename" and (target.suffix == ".unit" or target.parent == directory)):
             on_disk = system.after_power_loss(lambda: False, lambda: 0.0)

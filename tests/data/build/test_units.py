@@ -32,7 +32,8 @@ def test_fault_27_a_document_too_long_for_memory_is_encoded_in_blocks(
     (tmp_path / "long.txt").write_text(join.join(texts), encoding="utf-8")
 
     for name, size in (("a", 2**30), ("b", 1000)):
-        limits = {"document": document, "max_whole_bytes": size, "valid_fraction": 0}
+        limits = {"document": document, "max_whole_bytes": size, "valid_fraction": 0, "unit_bytes": 50_000}
+        limits["stream"] = {"shard_tokens": 100_000}
         build(tmp_path / "long.txt", tmp_path / name, tokenizer, **limits)
     found = [digests_of_arrays(tmp_path / name) for name in "ab"]
     assert found[0] == found[1]
