@@ -127,13 +127,34 @@ def test_top_p_that_probabilities_meet_exactly_takes_no_token_more(top_p: float,
     assert found[0].isfinite().tolist() == [place < kept for place in range(4)]
 
 
-def test_restrictions_take_nothing_away_where_they_are_off_or_wide() -> None:
-    logits = torch.tensor([[0.3, -2.0, 1.0], [0.0, 5.0, -5.0]], dtype=torch.float64)
-    for top_k, top_p in ((0, 1.0), (3, 1.0), (4, 1.0), (0, 1 - 1e-12)):
-        assert torch.equal(restrict(logits, top_k, top_p), logits), (top_k, top_p)
-    assert restrict(logits, 2, 1.0).isinf().nonzero().tolist() == [[0, 1], [1, 2]]
-    assert restrict(logits, 1, 0.5).isfinite().nonzero().tolist() == [[0, 2], [1, 1]]
-    assert restrict(logits, 2, 0.0).isfinite().nonzero().tolist() == [[0, 2], [1, 1]]
+def test_restrictions_are_those_of_a_slow_reference() -> None:
+    """What goes is -inf, what stays is as it was; of equal tokens those with smaller ids stay."""
+    logits = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    logits[1] = 0.0
+    logits[2, 4:] = logits[2, 3]
+    logits[3] *= 40  # so unlike that the likeliest have all the probability that numbers can hold
+    for top_k, top_p in product((0, 1, 2, 5, 8, 9, 10), (0.0, 0.3, 0.9, 1 - 1e-12, 1.0)):
+        found = restrict(logits, top_k, top_p)
+        for row, kept in zip(logits, found, strict=True):
+            order = sorted(range(9), key=lambda token: (-float(row[token]), token))[: top_k or 9]
+            probabilities, before, stay = row[order].softmax(dim=0).tolist(), 0.0, set[int]()
+            for token, probability in zip(order, probabilities, strict=True):
+                if not stay or before < top_p - 1e-15 or top_p == 1:
+                    stay.add(token)
+                before += probability
+            expected = [float(row[token]) if token in stay else -torch.inf for token in range(9)]
+            assert kept.tolist() == expected, (top_k, top_p)
+
+
+@pytest.mark.parametrize(("logits", "drawn"), [([10.0, 0.0], 1), ([100.0, 0.0], 0)])
+def test_the_least_and_the_largest_noise_are_numbers(
+    monkeypatch: pytest.MonkeyPatch, logits: list[float], drawn: int
+) -> None:
+    """Of all 2^32 draws, which are never 0 nor 1: noise of -3.1 and of 22.9."""
+    extremes = torch.tensor([[-(2**31), 2**31 - 1]], dtype=torch.int32)
+    monkeypatch.setattr("rnnlm.model.generate.mix", lambda bits: extremes)
+    config = GenerateConfig(temperature=1.0)
+    assert draw(torch.tensor([logits]), config, torch.tensor(0), torch.tensor([0])).tolist() == [drawn]
 
 
 def always(model: RecurrentLM, *tokens: int) -> None:
