@@ -174,7 +174,6 @@ def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
     probabilities = ordered.softmax(dim=1)
     before = probabilities.cumsum(dim=1) - probabilities
-    before[:, 0] = 0.0
     ordered = ordered.masked_fill(before >= top_p, -torch.inf) if top_p < 1 else ordered
     ordered[:, 0] = logits.amax(dim=1)  # stays even where top_p is 0
 

@@ -36,7 +36,7 @@ from rnnlm.data.build.encode import (
     run_encode_task,
     write_rejected_unit,
 )
-from rnnlm.data.build.executor import WorkerPool, dask_pool, process_pool
+from rnnlm.data.build.executor import pool_of
 from rnnlm.data.build.inputs import Inputs
 from rnnlm.data.build.kept import check_directory, say, tidy
 from rnnlm.data.build.shared_tasks import LOCKS, SharedPool, joined
@@ -197,7 +197,8 @@ class Build:
         damaged = Counter[Path]()
         while True:
             try:
-                with self._make_pool(executor, min(workers, len(tasks))) as pool:  # ends what runs beside a failed task
+                # left after each try: ends what runs beside a failed task
+                with pool_of(self.config.build, min(workers, len(tasks)), executor) as pool:
                     shared = SharedPool(pool, self.context.work, self.task)
                     self._encode(tasks, shared, progress)
                     units = self._units(tasks)
@@ -205,13 +206,6 @@ class Build:
                     return assembler.run(targets, lambda: check_unchanged(self.inputs.all()))
             except DamagedUnitError as error:
                 self._drop(error, damaged)
-
-    def _make_pool(self, executor: Callable[[], Executor] | None, workers: int) -> WorkerPool:
-        if executor is not None:
-            return WorkerPool(executor, workers)
-        if self.config.build.dask:
-            return dask_pool(self.config.build.dask)
-        return process_pool(workers)
 
     def _jobs(self, workers: int) -> Iterator[Job]:
         for split, sources in self.inputs.by_split.items():

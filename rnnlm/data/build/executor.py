@@ -20,6 +20,7 @@ from contextlib import suppress
 from multiprocessing.synchronize import Event
 from typing import Any
 
+from rnnlm.config import BuildConfig
 from rnnlm.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3); set, they no longer grow by themselves
@@ -206,6 +207,13 @@ def process_pool(workers: int) -> WorkerPool:
     return WorkerPool(
         lambda: ProcessPoolExecutor(1, context, _start_worker, (stop,)), workers, executors=workers, stop=stop.set
     )
+
+
+def pool_of(build: BuildConfig, workers: int, executor: Callable[[], Executor] | None = None) -> WorkerPool:
+    """The pool that a build section asks for; `executor` makes another one, where a caller brings it."""
+    if executor is not None:
+        return WorkerPool(executor, workers)
+    return dask_pool(build.dask) if build.dask else process_pool(workers)
 
 
 def dask_pool(address: str) -> WorkerPool:

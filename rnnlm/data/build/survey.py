@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rnnlm.config import Config
-from rnnlm.data.build.executor import WorkerPool, dask_pool, process_pool
+from rnnlm.data.build.executor import pool_of
 from rnnlm.data.byte_tokenizer import ByteTokenizer
 from rnnlm.data.documents import BadRecordError, Document, Item, LongDocument, read
 from rnnlm.data.jobs import Job, jobs
@@ -121,11 +121,7 @@ def _run(
         path.unlink()
         progress(task.job.bytes(corpus))
 
-    if executor is not None:
-        pool = WorkerPool(executor, workers)
-    else:
-        pool = dask_pool(build.dask) if build.dask else process_pool(min(workers, len(tasks)))
-    with pool:
+    with pool_of(build, min(workers, len(tasks)), executor) as pool:
         failed = pool.run(function, context, tasks, done)
     if failed:
         raise UserError(
