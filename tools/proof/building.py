@@ -60,7 +60,7 @@ class Building:
 
     def attempt(self) -> tuple[str, str]:
         """Start, kill at any moment, wait; (what happened, where it was hit)."""
-        how, tasks = choose(SIGNALS, self.draw), self.draw.choice((1, 1, 2))
+        how, tasks = choose(SIGNALS, self.draw), self.draw.choice((1, 1, 2, 3))
         more = [[f"--build.task={task}/{tasks}"] if tasks > 1 else [] for task in range(tasks)]
         started = [
             Processes(self._command(self.build, self.variant, *each), self.directory / "log.txt") for each in more
@@ -107,9 +107,12 @@ def building(directory: Path, options: argparse.Namespace, draw: random.Random) 
     plain = [f"--corpus.train={json.dumps(texts)}", "--corpus.unit_bytes=50000", "--build.workers=2"]
     plain += ["--stream.shard_tokens=100000", *options.arguments]
     unique, shuffled = "--corpus.deduplicate=true", "--corpus.shuffle_seed=5"
+    shares = {"a": {"paths": texts[:2], "share": 1.5}, "b": {"paths": texts[2:], "share": 0.5}}
+    mixed = [f"--corpus.train={json.dumps(shares)}", *plain[1:], unique, "--stream.valid_max_tokens=7000"]
     variants = {
         "plain": plain,
         "deduplicated": [*plain, unique],
         "deduplicated and shuffled": [*plain, unique, shuffled],
+        "sources with shares": [*mixed, shuffled],
     }
     return Building(options, directory, variants, str(directory / "tokenizer.model"), draw)
