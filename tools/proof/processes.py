@@ -42,7 +42,7 @@ class Processes:
         targets = found[:1]
         if how.endswith("to all"):
             targets = found
-        elif how.endswith("to one"):
+        elif how.endswith("to one") and found:  # they may have ended just now
             targets = [draw.choice(found[1:] or found)]
 
         for each in targets:
