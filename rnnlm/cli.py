@@ -8,9 +8,9 @@ all faults of one kind are reported at once. The price: keys, types and bounds a
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from rnnlm.arguments import FLAGS, Option, faults_of, list_text, split_command_line, warnings_of
 from rnnlm.config import Config, is_list, knobs, types
-from rnnlm.errors import UserError
+from rnnlm.errors import UserError, is_full, kind_of, line_of
 from rnnlm.faults import find_faults
 from rnnlm.key_names import READERS, unknown_key
 from rnnlm.knob import closest
@@ -226,7 +226,7 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     """Run the main function of a script; its result is the exit code.
 
     A mistake of the user, a path or a disk is one line and code 2, a run that cannot continue one line and code 1,
-    Ctrl-C one line and 130.
+    Ctrl-C one line and 130, an output that nobody reads 141.
     """
     # Before torch loads OpenMP: threads that spin while they wait all but stop a run whose cores are not all its own,
     # threads that never spin wait for the scheduler at every step; a few hundred rounds cost neither.
@@ -236,16 +236,16 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
 
     try:
         code = main()
+    except BrokenPipeError:  # who reads what is printed has seen enough, as `head` has
+        code = 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if isinstance(error, OSError) and not error.filename and not full:
+        if isinstance(error, OSError) and not error.filename and not is_full(error):
             raise  # not a path that the user gave: a fault of ours, with its traceback
 
         if first_here or getattr(error, "may_be_local", False):
-            way_out = "; make room on the disk and type the same command again" if full else ""
-            print(f"error: {error}{way_out}", file=sys.stderr)
-            _tell_launcher(f"error: {error}{way_out}")
-        code = 1 if full else getattr(error, "code", 2)
+            print(f"error: {line_of(error)}", file=sys.stderr)
+            _tell_launcher(f"error: {line_of(error)}")
+        code = kind_of(error).code
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("rnnlm"):
             raise  # a fault of ours
@@ -258,7 +258,10 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
             print("\ninterrupted; type the same command again to resume", file=sys.stderr)
         code = 130
 
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody gets the rest; else Python's own end would fail at it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 

@@ -6,6 +6,8 @@ the line all that the user needs: what was found, what was expected, what to do.
 
 from __future__ import annotations
 
+import errno
+
 
 class UserError(ValueError):
     """A mistake in what the user gave; the script prints its line and exits with code 2."""
@@ -20,3 +22,18 @@ class RunError(UserError):
 
     code = 1
     is_shared = True  # or the other processes are about to end as well
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk, or the user's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def line_of(error: UserError | OSError) -> str:
+    """What the user is told of it."""
+    return f"{error}; make room on the disk and type the same command again" if is_full(error) else str(error)
+
+
+def kind_of(error: UserError | OSError) -> type[UserError]:
+    """What it is to the script: a full disk is no mistake in what was asked."""
+    return RunError if is_full(error) or isinstance(error, RunError) else UserError

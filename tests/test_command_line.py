@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -247,6 +248,21 @@ def test_a_mistake_is_left_where_torchrun_looks_for_the_cause(
         run_entry_point(main)
     assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "error: train.seed=x: too odd"
     assert capsys.readouterr().err == "error: train.seed=x: too odd\n"
+
+
+# Outputs
+
+
+def test_an_output_that_nobody_reads_to_its_end_is_no_fault() -> None:
+    """As of `launch/eval.py | head`."""
+    code = "from rnnlm.cli import run_entry_point\nrun_entry_point(lambda: print('x' * 10**6))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    with process.stderr:
+        assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE
 
 
 # No virtual environment

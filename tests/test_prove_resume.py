@@ -15,6 +15,8 @@ from conftest import ROOT, RunScript, Uninterrupted
 sys.path.insert(0, str(ROOT / "tools"))
 from proof.training import Training
 
+from rnnlm.errors import UserError
+
 
 @pytest.fixture
 def training(uninterrupted: Uninterrupted, tmp_path: Path) -> Training:
@@ -59,6 +61,13 @@ def test_a_missing_line_and_a_counter_are_found(training: Training) -> None:
     state.write_text(json.dumps({**json.loads(state.read_text()), "interval": [1, 2, 3]}))
     found = training.differences()
     assert "trainer.json: interval" in found and any("expected" in each for each in found)
+
+
+def test_a_run_that_ends_at_another_step_is_refused_before_anything_is_killed(training: Training) -> None:
+    training.check_reference()
+    training.options.steps = 30
+    with pytest.raises(UserError, match="has ended, but not at step 30; give its last step with --steps"):
+        training.check_reference()
 
 
 @pytest.mark.slow

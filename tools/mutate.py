@@ -287,6 +287,8 @@ def main() -> None:
     parser.add_argument("--slow", action="store_true", help="give what survived to the slow tests too")
     parser.add_argument("--list", action="store_true", help="count them, and run nothing")
     options = parser.parse_args()
+    if unknown := [module for module in options.modules if module not in MODULES]:
+        parser.error(f"{', '.join(unknown)}: not among the modules with tests to try; these are {', '.join(MODULES)}")
 
     wanted = [mutant for module in options.modules or MODULES for mutant in mutants_of(module)]
     if options.sample:

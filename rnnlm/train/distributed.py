@@ -29,7 +29,7 @@ from accelerate.utils import (
 from torch import Tensor
 
 from rnnlm.config import Config
-from rnnlm.errors import RunError, UserError
+from rnnlm.errors import RunError, UserError, kind_of, line_of
 from rnnlm.machine import cores
 from rnnlm.train.signals import die_with_launcher, has_lost_launcher
 
@@ -186,14 +186,14 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     """What `function` returns in the main process, in every process; its error is raised in all of them.
 
     Raises:
-        UserError: the main process's; an OSError becomes one.
+        UserError: the main process's; an OSError becomes one, a RunError where the disk is full.
     """
     box: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
             box[0] = function()
         except (UserError, OSError) as error:
-            box[1] = (RunError if isinstance(error, RunError) else UserError, str(error))
+            box[1] = (kind_of(error), line_of(error))
 
     broadcast_object_list(box)
     if box[1] is not None:

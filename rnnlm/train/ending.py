@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rnnlm.errors import RunError
@@ -22,10 +24,9 @@ WORSE_THAN_GUESSING = 1.0  # nats per token; a model that has just been initiali
 def print_preempted(directory: Path, signal_name: str, step: int, total_steps: int, saved_step: int) -> None:
     """A line for the person at the console, and the marker for scripts."""
     mark_preempted(directory, signal_name, step, saved_step)
-    print(
+    _print(
         f"{directory}: {signal_name} at step {step} of {total_steps}, saved at step {saved_step}; "
-        "type the same command again to resume",
-        flush=True,
+        "type the same command again to resume"
     )
 
 
@@ -35,18 +36,26 @@ def mark_preempted(directory: Path, signal_name: str, step: int, saved_step: int
     write_file(directory / MARKER, text.encode(), alone=True)
 
 
-def print_finished(directory: Path, step: int, total_steps: int, memory: ValidationMemory) -> None:
-    """One paragraph for the person at the console."""
+def print_finished(
+    directory: Path, step: int, total_steps: int, limits: Sequence[str], memory: ValidationMemory
+) -> None:
+    """One paragraph for the person at the console; `limits`: the knobs that end the run at `total_steps`."""
     best = memory.best_loss
     valid = "" if best is None else f", best validation loss {best:.4f} at step {memory.best_step}"
     made = [name for name in ("curves.png", "metrics.jsonl", "samples.md") if (directory / name).is_file()]
     early = step < total_steps
-    longer = "optim.early_stop_patience" if early else "train.epochs or train.max_steps"
-    print(
+    longer = "optim.early_stop_patience" if early else " and ".join(limits)
+    _print(
         f"{directory}: {'stopped early' if early else 'finished'} at step {step} of {total_steps}{valid}\n"
-        f"  {', '.join(made)} and checkpoints/ are there; to train longer, raise {longer}",
-        flush=True,
+        f"  {', '.join(made)} and checkpoints/ are there; to train longer, raise {longer}"
     )
+
+
+def _print(text: str) -> None:
+    with suppress(
+        BrokenPipeError
+    ):  # nobody reads it: Ctrl-C also ends the `tee` behind a run, whose code is what counts
+        print(text, flush=True)
 
 
 def check_loss(directory: Path, vocab_size: int) -> None:

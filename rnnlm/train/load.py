@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rnnlm.checkpoint.checkpoint import Checkpoint, copy_tensors, find_newest, load
 from rnnlm.checkpoint.safetensors_file import CheckpointError
@@ -55,7 +56,14 @@ def load_model(config: Config, path: Path, device: torch.device) -> tuple[Recurr
     if vocab_size * config.model.embedding_size > found.bytes("model"):
         raise CheckpointError(f"{path}: a vocabulary of {vocab_size} in a smaller model; give the run its own again")
 
-    model = RecurrentLM(config.model, vocab_size, config.train.seed, config.train.loss_chunk_tokens, initialise=False)
-    parameters = dict(model.named_parameters())  # all of them are in the checkpoint, or it is refused
-    copy_tensors(parameters, found.tensors("model", parameters), path)
+    def build() -> tuple[RecurrentLM, dict[str, Tensor]]:
+        sizes = (config.model, vocab_size, config.train.seed, config.train.loss_chunk_tokens)
+        model = RecurrentLM(*sizes, initialise=False)  # all parameters are in the checkpoint, or it is refused
+        return model, dict(model.named_parameters())
+
+    with torch.device("meta"):
+        _, expected = build()
+    tensors = found.tensors("model", expected)
+    model, parameters = build()
+    copy_tensors(parameters, tensors, path)
     return model.to(device), tokenizer, found

@@ -68,9 +68,9 @@ def learning_rate_for(optimizer: str, hidden_size: int) -> float:
     return min(0.004, 1.024 / hidden_size) if optimizer in ("adam", "adamw") else 0.001
 
 
-def epochs_for(steps_per_epoch: int, max_steps: int) -> int:
-    """As many epochs as train.max_steps takes, or else LEAST_STEPS."""
-    return math.ceil((max_steps or LEAST_STEPS) / steps_per_epoch)
+def epochs_for(steps_per_epoch: int, steps: int) -> int:
+    """As many epochs as so many steps take: train.max_steps, or else LEAST_STEPS."""
+    return math.ceil(steps / steps_per_epoch)
 
 
 def evaluation_interval(steps: int, tokens_per_step: int, valid_tokens: int) -> int:
@@ -104,10 +104,13 @@ def follow_text(config: Config, recorded: dict[str, dict[str, Any]], streams: St
     tokens, vocab_size = streams.train.tokens, streams.train.manifest.vocab_size
     before, ring = config.flat(), open_ring(config, streams.train)
     config = dataclasses.replace(config, model=model_for(config.model, tokens, vocab_size))
+    if "train.epochs" in unset and config.train.max_steps:  # more than the run has recorded, where it is to be longer
+        enough = epochs_for(ring.windows_per_epoch, config.train.max_steps)
+        config = _with(config, "train", epochs=max(config.train.epochs, enough))
     if not config.optim.learning_rate:
         config = _with(config, "optim", learning_rate=learning_rate_for(config.optim.name, config.model.hidden_size))
     if not config.train.epochs:
-        config = _with(config, "train", epochs=epochs_for(ring.windows_per_epoch, config.train.max_steps))
+        config = _with(config, "train", epochs=epochs_for(ring.windows_per_epoch, LEAST_STEPS))
     if config.eval.every_steps < 0:
         config = _with(config, "eval", every_steps=_interval(config, streams))
 

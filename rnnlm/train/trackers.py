@@ -23,13 +23,15 @@ LOGGED = ("train", "valid")  # the kinds of lines that trackers get
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a line cut short by a kill is left out."""
+    """The records of a metrics.jsonl; a line that a kill has cut short, or a power loss damaged, is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record:
+            records.append(record)
     return records
 
 

@@ -101,10 +101,16 @@ class Trainer:
         return self._end(preempted)
 
     @property
+    def limits(self) -> dict[str, int]:
+        """Steps from the beginning of the run to where each knob that ends it does."""
+        train = self.config.train
+        limits = {"train.epochs": self.ring.steps_before(train.epochs), "train.max_steps": train.max_steps}
+        return {name: steps for name, steps in limits.items() if steps}
+
+    @property
     def total_steps(self) -> int:
         """Steps from the beginning of the run to its end."""
-        planned = self.ring.steps_before(self.config.train.epochs)
-        return min(planned, self.config.train.max_steps or planned)
+        return min(self.limits.values())
 
     @property
     def finished(self) -> bool:
@@ -290,7 +296,8 @@ class Trainer:
                 name = self.interrupts.first_signal or "a signal to another process"
                 print_preempted(directory, name, self.step, self.total_steps, saved)
             else:
-                print_finished(directory, self.step, self.total_steps, self.memory)
+                limits = [name for name, steps in self.limits.items() if steps == self.total_steps]
+                print_finished(directory, self.step, self.total_steps, limits, self.memory)
 
             self.saving.check(self.step)
             if not preempted:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from rnnlm import files
 from rnnlm.checkpoint.saver import Saver
 from rnnlm.data.substreams import Batch
 from rnnlm.errors import RunError
-from rnnlm.train.ending import check_loss
+from rnnlm.train.ending import check_loss, print_finished, print_preempted
+from rnnlm.train.schedule import ValidationMemory
 from rnnlm.train.trainer import Trainer
 
 
@@ -35,6 +38,16 @@ def signal_in_step(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(Trainer, "take_step", take_step)
 
     return arrange
+
+
+def test_a_run_that_has_finished_names_what_ended_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step, limits, longer in (
+        (9, ["train.epochs"], "train.epochs"),
+        (9, ["train.epochs", "train.max_steps"], "train.epochs and train.max_steps"),
+        (8, ["train.epochs"], "optim.early_stop_patience"),
+    ):
+        print_finished(tmp_path, step, 9, limits, ValidationMemory())
+        assert capsys.readouterr().out.endswith(f"to train longer, raise {longer}\n")
 
 
 def test_a_signal_in_the_last_step_ends_a_finished_run(
@@ -73,6 +86,34 @@ def test_fault_02_a_signal_whose_checkpoint_cannot_be_written_is_a_fault(
     assert "training continues" not in done.stderr
     marker = json.loads((tmp_path / "run/preempted.json").read_text())
     assert marker == {"signal": "SIGTERM", "step": 6, "saved_step": 2}, "whoever restarts runs knows what is there"
+
+
+def test_fault_02_a_disk_that_is_full_at_the_start_is_no_mistake_in_what_was_asked(
+    train_here: TrainHere, experiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 would tell a scheduler not to try again."""
+
+    def full(path: Path, *arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(files, "write", full)
+    done = train_here(f"--config={experiment}", "--train.max_steps=2")
+    assert done.returncode == 1 and "config.yaml.partial" in done.stderr, done.stderr
+    assert done.stderr.endswith("; make room on the disk and type the same command again\n")
+
+
+def test_an_output_that_nobody_reads_changes_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends the `tee` that a run prints into as well; the run's code and marker are what counts then."""
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Closed())
+        print_finished(tmp_path, 9, 9, ["train.epochs"], ValidationMemory())
+        print_preempted(tmp_path, "SIGINT", 3, 9, 3)
+    assert json.loads((tmp_path / "preempted.json").read_text())["saved_step"] == 3
 
 
 def test_a_normal_end_waits_for_its_last_checkpoint_without_a_warning(

@@ -69,6 +69,14 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     assert samples.read_text() == "## step 5\n\none\n\n## step 10\n\ntwo\n\n"
 
 
+def test_lines_that_a_power_loss_damaged_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"kind": "train", "step": 3}\n'
+    path.write_bytes(good + b"\0\0\n\xff{}\n[1]\n3\nnull\n" + b'{"kind": "train"}\n{"step": 1}\n' + good[:-9])
+    assert keep_lines(path, 3) == [{"kind": "train", "step": 3}]
+    assert path.read_bytes() == good
+
+
 def test_curves_are_a_picture_even_of_little(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for lines in ([], [line(5)], [line(5), line(5, "valid"), line(9, loss=1.0), line(9, "valid", loss=1.0)]):

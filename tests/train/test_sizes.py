@@ -10,11 +10,12 @@ import pytest
 import yaml
 from conftest import TrainHere, final_state
 
-from rnnlm.config import Config, ModelConfig, OptimConfig, RunConfig, StreamConfig
+from rnnlm.config import Config, ModelConfig, OptimConfig, RunConfig, StreamConfig, TrainConfig
 from rnnlm.errors import UserError
 from rnnlm.model.language_model import RecurrentLM
-from rnnlm.train.inputs import Streams, open_streams
+from rnnlm.train.inputs import Streams, open_ring, open_streams
 from rnnlm.train.sizes import (
+    LEAST_STEPS,
     disproportions,
     epochs_for,
     evaluation_interval,
@@ -69,7 +70,7 @@ def test_adams_learning_rate_goes_with_the_width() -> None:
 
 
 def test_a_small_text_gets_more_epochs_and_a_large_one_is_read_once() -> None:
-    assert [epochs_for(steps, 0) for steps in (1, 270, 1499, 1500, 1501, 10**7)] == [1500, 6, 2, 1, 1, 1]
+    assert [epochs_for(steps, LEAST_STEPS) for steps in (1, 270, 1499, 1500, 1501, 10**7)] == [1500, 6, 2, 1, 1, 1]
     assert [epochs_for(270, max_steps) for max_steps in (1, 270, 271, 2700)] == [1, 1, 2, 10]
 
 
@@ -115,6 +116,20 @@ def test_the_record_comes_before_the_text_and_what_is_set_before_both(streams: P
 
     forged = {"model": {"embedding_size": -5, "hidden_size": "6"}, "train": {"epochs": True}, "eval": {}}
     assert follow_text(config, forged, open_streams(config)) == follow_text(config, {}, open_streams(config))
+
+
+def test_a_run_that_is_to_have_more_steps_gets_the_epochs_for_them(streams: Path) -> None:
+    """The record of a first attempt of a few steps says 1 epoch."""
+
+    def epochs(max_steps: int, **given: int) -> int:
+        config = config_of(streams, train=TrainConfig(global_batch_size=16, seq_len=40, max_steps=max_steps, **given))
+        return follow_text(config, {"train": {"epochs": 1}}, open_streams(config))[0].train.epochs
+
+    config = config_of(streams, train=TrainConfig(global_batch_size=16, seq_len=40))
+    per_epoch = open_ring(config, open_streams(config).train).windows_per_epoch
+    steps = (0, 1, per_epoch, per_epoch + 1, 5 * per_epoch)
+    assert [epochs(max_steps) for max_steps in steps] == [1, 1, 1, 2, 5]
+    assert epochs(5 * per_epoch, epochs=2) == 2, "what is set stays"
 
 
 def test_who_counts_evaluations_counts_epochs_and_without_a_stream_there_are_none(streams: Path) -> None:

@@ -73,6 +73,16 @@ def test_fault_30_a_vocabulary_that_the_model_cannot_have_takes_no_memory(tmp_pa
             load_model(config, path, torch.device("cpu"))
 
 
+def test_fault_30_a_width_that_the_checkpoint_has_not_takes_no_memory(tmp_path: Path) -> None:
+    """config.yaml says it: a model of that width would take terabytes."""
+    config = Config(model=ModelConfig(embedding_size=2, hidden_size=3, layers=1))
+    model = RecurrentLM(config.model, 300, config.train.seed)
+    path = save(tmp_path, "step-00000007", {"model": dict(model.named_parameters())}, {**STATE, "vocab_size": 300})
+    forged = replace(config, model=replace(config.model, hidden_size=10**6))
+    with pytest.raises(CheckpointError, match=r"tensor head.weight is \(300, 3\) .* expected \(300, 1000000\)"):
+        load_model(forged, path, torch.device("cpu"))
+
+
 def test_fault_30_tensors_of_other_shapes_are_refused_before_they_are_used(
     train_here: TrainHere, experiment: Path, tmp_path: Path
 ) -> None:

@@ -26,7 +26,7 @@ class Processes:
     def __init__(self, command: Sequence[str], log: Path):
         self._log = log.open("ab")
         self.first = psutil.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, env=_environment()
+            command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, env=_environment()
         )
         self._seen: dict[int, psutil.Process] = {}
 
@@ -86,7 +86,7 @@ def call(command: Sequence[str], log: Path) -> None:
         RunError: it failed.
     """
     with log.open("ab") as file:
-        code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, env=_environment(), check=False).returncode
+        code = subprocess.run(command, stdout=file, stderr=file, env=_environment(), check=False).returncode
     if code:
         tail = " ".join(log.read_text(errors="replace").split("\n")[-4:])
         raise RunError(f"{' '.join(command)}: ended with {code}, left alone: {tail} ({log})")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from proof.processes import SIGNALS, Processes, call, choose, make_tokenizer, script
-from rnnlm.errors import RunError
+from rnnlm.errors import RunError, UserError
 
 TIMES = {"time", "tokens_per_second", "data_wait_share", "peak_memory_bytes", "processes"}  # what may differ in metrics
 PHASES = {"its start": 0.15, "a step": 0.35, "a save": 0.3, "an evaluation": 0.2}
@@ -39,12 +39,24 @@ class Training:
     run: Path = Path()
 
     def prepare(self) -> None:
-        """Train the run that is left alone."""
+        """Train the run that is left alone; errors as `check_reference`."""
         self.reference = self.directory / "left-alone"
         started = time.monotonic()
         call(self._command(self.reference, self.options.processes[0]), self.directory / "log.txt")
         print(f"left alone on {self.options.processes[0]} process(es): {time.monotonic() - started:.0f} s", flush=True)
+        self.check_reference()
         self.begin()
+
+    def check_reference(self) -> None:
+        """Check where the run that was left alone has ended.
+
+        Raises:
+            UserError: at another step, as by early stopping: no other run would ever be done.
+        """
+        if not self._checkpoint(self.reference).is_dir():
+            raise UserError(
+                f"{self.reference}: has ended, but not at step {self.options.steps}; give its last step with --steps"
+            )
 
     def begin(self) -> None:
         """Start the next run."""
