@@ -6,8 +6,9 @@ A unit file, a shuffled unit and a shard are each a pure function of what comes 
 and renamed. So any number of workers, of kills and of repeats gives the same bytes, and the same command continues
 where the last one stopped: what has its name is not made again. The engine is any concurrent.futures.Executor; with
 build.task there is no engine at all, only processes that see the same directory. A document of corpus.train belongs to
-the valid stream when its keyed hash says so, wherever it stands; repeated documents stay on one side. Units stay when
-the streams are there, so that the next build encodes what is new. The price: every token lies on disk twice.
+the valid stream when its keyed hash says so, wherever it stands; repeated documents stay on one side; one document
+alone is split by position. Units stay when the streams are there, so that the next build encodes what is new. The
+price: every token lies on disk twice.
 """
 
 from __future__ import annotations
