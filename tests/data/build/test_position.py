@@ -168,7 +168,7 @@ def test_fault_25_killed_while_a_document_is_split(
     config = config_of(str(novel), tmp_path / "whole", unit_bytes=3000)
     built(config, tokenizer)
     directory, log = prepare(tmp_path / "s", tokenizer), tmp_path / "log"
-    given = options(novel, directory, document="file")
+    given = options(novel, directory, document="file", shard_tokens=500)
     assert faulty(fault, log, *given)[0] == -signal.SIGKILL
     assert faulty("none", log, *given)[0] == 0
     assert digests(directory) == digests(tmp_path / "whole")
