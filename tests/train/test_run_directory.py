@@ -88,6 +88,7 @@ def test_streams_that_were_moved_are_asked_for(
     recorded = load_yaml(run / "config.yaml")
     recorded["stream"]["directory"], recorded["run"]["directory"] = "elsewhere/streams", "elsewhere/run"
     (run / "config.yaml").write_text(json.dumps(recorded))
+
     expected = "error: stream.directory=elsewhere/streams: is not there (seen from "
     for done in (
         run_here("launch/eval.py", f"--run.directory={run}"),
@@ -95,6 +96,7 @@ def test_streams_that_were_moved_are_asked_for(
     ):
         assert done.returncode == 2 and expected in done.stderr, done.stderr
         assert "give the place of the streams with --stream.directory" in done.stderr
+
     found = train_here(f"--config={run}/config.yaml", f"--stream.directory={streams}")
     assert found.returncode == 0, found.stderr
     assert f"names run.directory=elsewhere/run, which is not there; {run} is taken" in found.stderr
