@@ -30,7 +30,7 @@ SMALL = {  # options that make a command of the README small enough for a test
 
 def readme_commands() -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines()]
+    return [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
 
 
 def run_as_typed(line: str, run_here: RunHere, directory: Path) -> subprocess.CompletedProcess[str]:
