@@ -41,7 +41,8 @@ def read_config(
             change once a run has begun is as recorded there, whatever the files say.
 
     Raises:
-        UserError: naming every unknown key, or every value of a wrong type, or every bad value at once.
+        UserError: naming every unknown key, or every value of a wrong type, or every bad value at once; the file of a
+            run that was copied, and names the other one.
     """
     paths, options, stray = split_command_line(sys.argv[1:] if argv is None else argv)
     files = [(path, load_yaml(path)) for path in paths]
@@ -55,6 +56,8 @@ def read_config(
             faults += faults_of_texts(f"corpus.{key}", value) if key in SPLITS else []
     _raise(faults)
 
+    if "run" in sections:
+        _follow_moved_run(files, options)
     if of_run and "help" not in {option.key for option in options}:
         contents = _with_record(contents, options)
     config = _parse(sections, doc, contents, options)
@@ -88,6 +91,32 @@ def _unread_options(sections: Sequence[str], options: Sequence[Option]) -> Itera
         if option.key in knobs() and section not in sections:
             readers = " or ".join(READERS[section])
             yield f"{option.key}: this script does not read it; give it to {readers}"
+
+
+def _follow_moved_run(files: Sequence[tuple[str, Sections]], options: Sequence[Option]) -> None:
+    """Have the file that names run.directory name the one in which it lies, if it is a run's own and the run was moved.
+
+    Raises:
+        UserError: the directory that it names is there too.
+    """
+    naming = [(path, content["run"]) for path, content in files if content.get("run", {}).get("directory")]
+    if not naming or any(option.key == "run.directory" for option in options):
+        return
+
+    path, keys = naming[-1]
+    here, named = Path(path).parent, Path(str(keys["directory"]))
+    is_own = Path(path).name == "config.yaml" and (here / "checkpoints").is_dir()
+    if not is_own or named.resolve() == here.resolve():
+        return
+    if named.exists():
+        raise UserError(
+            f"--config={path}: names another run.directory, {named}, which is there too; say which "
+            f"is meant, with --run.directory={here} or --run.directory={named}"
+        )
+
+    keys["directory"] = str(here)
+    if is_first_here():
+        print(f"note: {path} names run.directory={named}, which is not there; {here} is taken", file=sys.stderr)
 
 
 def _with_record(contents: Sequence[Sections], options: Sequence[Option]) -> list[Sections]:

@@ -103,7 +103,8 @@ class StreamConfig:
     directory: str = knob("", changeable=True)
     """Holds train/, valid/ and test/, one stream each."""
     valid_fraction: float = knob(0.02, at_least=0, below=1)
-    """Share of training documents, chosen by a keyed hash of their text, that become the valid stream."""
+    """Share of training documents, chosen by a keyed hash of their text, that become the valid stream; of one document
+    alone, as a novel in one file, the end."""
     split_seed: int = knob(0, at_least=0, below=2**63)
     """The key of that hash."""
     valid_max_tokens: int = knob(2**24, at_least=0)

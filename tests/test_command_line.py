@@ -54,6 +54,35 @@ def test_a_single_value_that_is_given_twice_counts_as_the_last_with_a_warning(
     assert capsys.readouterr().err == "warning: train.seed: given twice, as 3 and as 4; the last counts\n"
 
 
+def test_the_file_of_a_run_that_was_moved_names_the_place_where_it_lies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, named = tmp_path / "new", tmp_path / "old"
+    (here / "checkpoints").mkdir(parents=True)
+    (here / "config.yaml").write_text(f"run: {{directory: {named}}}")
+    given = f"--config={here}/config.yaml"
+    assert read(given).run.directory == str(here)
+    note = f"note: {here}/config.yaml names run.directory={named}, which is not there; {here} is taken\n"
+    assert capsys.readouterr().err == note
+    read(given, sections=BUILDING_SECTIONS)  # which has no use for a run
+
+    # whoever names another one has chosen, and a file elsewhere is an experiment
+    (tmp_path / "later.yaml").write_text("run: {directory: mine}")
+    assert read(given, f"--config={tmp_path}/later.yaml").run.directory == "mine"
+    assert read(given, "--run.directory=mine").run.directory == "mine"
+    (tmp_path / "config.yaml").write_bytes((here / "config.yaml").read_bytes())
+    assert read(f"--config={tmp_path}/config.yaml").run.directory == str(named)
+    assert not capsys.readouterr().err
+
+    named.mkdir()
+    (fault, way_out) = refused(given)
+    assert fault.endswith(f"new/config.yaml: names another run.directory, {named}, which is there too")
+    assert way_out == f"say which is meant, with --run.directory={here} or --run.directory={named}"
+    named.rmdir()
+    named.symlink_to(here)
+    assert read(given).run.directory == str(named), "another name of the same place"
+
+
 def test_files_count_in_the_order_they_are_named_also_twice(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("model: {layers: 1}")
     (tmp_path / "b").write_text("model: {layers: 2}")

@@ -104,11 +104,14 @@ def test_every_field_of_a_stream_is_documented(tmp_path: Path, tokenizer: Tokeni
     corpus = CorpusConfig(train=named, on_bad_record="replace")
     built = Build(Config(corpus=corpus, stream=StreamConfig(directory=str(tmp_path / "built"))), tokenizer)
     assert built.run(lambda size: None)["train"].mended == 1
+    (tmp_path / "one.txt").write_text("one document")
+    one = Config(corpus=CorpusConfig(str(tmp_path / "one.txt")), stream=StreamConfig(str(tmp_path / "one")))
+    assert Build(one, tokenizer).run(lambda size: None)["train"].source["valid_split"] == "by position"
     np.array([5, 9, 1, 7], "<u2").tofile(tmp_path / "raw.bin")
     adopt(tmp_path / "raw.bin", tmp_path / "adopted/train", vocab_size=300, eos_id=1, dtype="uint16")
 
-    manifests = [tmp_path / name / "train/stream.json" for name in ("built", "adopted")]
-    assert documented("stream.json") == fields_of(manifests[0]) | fields_of(manifests[1])
+    manifests = [tmp_path / name / "train/stream.json" for name in ("built", "adopted", "one")]
+    assert documented("stream.json") == set().union(*map(fields_of, manifests))
     dtype = json.loads(manifests[1].read_text())["dtype"]
     assert np.memmap(tmp_path / "adopted/train/shard-00000.bin", dtype, "r").tolist() == [5, 9, 1, 7]
 

@@ -30,7 +30,7 @@ SMALL = {  # options that make a command of the README small enough for a test
 
 def readme_commands() -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines()]
+    return [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
 
 
 def run_as_typed(line: str, run_here: RunHere, directory: Path) -> subprocess.CompletedProcess[str]:
@@ -95,15 +95,15 @@ def test_one_process_is_started_by_python_alone() -> None:
     assert "accelerate" not in (ROOT / "Makefile").read_text()
 
 
-def test_make_corpus_is_the_standard_library(run_script: RunScript, tmp_path: Path) -> None:
-    done = run_script("tools/make_corpus.py", "corpus")
+def test_make_corpus_is_the_standard_library(run_here: RunHere, tmp_path: Path) -> None:
+    done = run_here("tools/make_corpus.py", "corpus")
     assert done.returncode == 0, done.stderr
 
     files = list((tmp_path / "corpus").iterdir())
     assert len(files) > 300
     assert (tmp_path / "corpus/argparse.py").read_bytes() == Path(os.__file__).with_name("argparse.py").read_bytes()
     assert not [file.name for file in files if re.search(r"^test\.|\.tests?\.|site-packages", file.name)]
-    assert "already there" in run_script("tools/make_corpus.py", "corpus").stdout
+    assert "already there" in run_here("tools/make_corpus.py", "corpus").stdout
 
 
 class Given(NamedTuple):

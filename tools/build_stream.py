@@ -41,6 +41,8 @@ def main() -> None:
     with progress_bar(build.inputs.all(), "building") as progress:
         manifests = build.run(progress)
 
+    if "valid_split" in manifests["train"].source:
+        print("corpus.train is one document: split by position, its end is the valid stream")
     for split, manifest in manifests.items():
         counts = ", ".join(f"{count:,} {reason}" for reason, count in manifest.records.items())
         print(

@@ -61,12 +61,8 @@ class HuggingFaceWords(Words):
         else:
             self._tables = tables
 
-    def fill(self, table: WordTable, first: int, last: int) -> None:
+    def segment(self, table: WordTable, first: int, last: int) -> None:
         """As Words, by the model's own merges."""
-        if self.why_not_compiled:
-            super().fill(table, first, last)
-            return
-
         begin = int(table.key_ends[first - 1]) if first else 0
         learn_classes(self._tables, self._tokenizer, table.keys[begin : int(table.counts[1])].tobytes().decode())
         table.used = segment_pretokens(

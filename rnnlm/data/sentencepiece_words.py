@@ -51,15 +51,12 @@ class SentencePieceWords(Words):
         else:
             self._tables = tables
 
-    def fill(self, table: WordTable, first: int, last: int) -> None:
+    def segment(self, table: WordTable, first: int, last: int) -> None:
         """As Words, by the model's own merges."""
-        if self.why_not_compiled:
-            super().fill(table, first, last)
-        else:
-            table.used = segment_words(
-                table.keys, table.key_ends, table.kinds, first, last, self.white, self._tables, table.entries,
-                table.ids, table.used,
-            )  # fmt: skip
+        table.used = segment_words(
+            table.keys, table.key_ends, table.kinds, first, last, self.white, self._tables, table.entries,
+            table.ids, table.used,
+        )  # fmt: skip
 
     def encode(self, texts: Sequence[bytes], kind: int) -> tuple[Array, Array]:
         """As Words, of texts between the words x and y (not x with FIRST, not y with LAST)."""

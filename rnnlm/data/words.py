@@ -46,7 +46,14 @@ class Words(ABC):
 
     def fill(self, table: WordTable, first: int, last: int) -> None:
         """Find the ids of the entries first ... last - 1 that are plain words; the others get NEW."""
-        table.entries[first:last, 1] = NEW
+        if self.why_not_compiled:
+            table.entries[first:last, 1] = NEW
+        else:
+            self.segment(table, first, last)
+
+    def segment(self, table: WordTable, first: int, last: int) -> None:
+        """As `fill`, by kernels, where nothing is the reason why not."""
+        raise NotImplementedError
 
 
 class NoWords(Words):
@@ -84,9 +91,7 @@ class TableWords(Words):
         sizes = [len(ids) or nothing for ids in each]
         return np.fromiter(chain.from_iterable(each), token_dtype(self._tokenizer.vocab_size)), np.array(sizes)
 
-    def fill(self, table: WordTable, first: int, last: int) -> None:
+    def segment(self, table: WordTable, first: int, last: int) -> None:
         """As Words, from a table of all words."""
-        if self._known:
-            self._known.fill(table, first, last)
-        else:
-            super().fill(table, first, last)
+        assert self._known is not None
+        self._known.fill(table, first, last)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import RunScript, TrainHere, records, results
+from conftest import RunHere, TrainHere, records, results
 from foreign import CODES, ENDS, MARKS, SEQUENCES, TOKENS, plain, write_llmc, write_megatron, write_npy, write_raw
 
 from rnnlm.config import Config, EvalConfig, ModelConfig, RunConfig, StreamConfig
@@ -269,13 +269,13 @@ def test_a_killed_adoption_is_done_again_and_a_finished_one_is_kept(tmp_path: Pa
         adopt(path, tmp_path / "s", 10, 1, "uint16")
 
 
-def test_a_file_that_changes_afterwards_is_refused_by_its_own_name(tmp_path: Path, run_script: RunScript) -> None:
+def test_a_file_that_changes_afterwards_is_refused_by_its_own_name(tmp_path: Path, run_here: RunHere) -> None:
     path = write_raw(tmp_path / "t.bin", [5, 7, 1])
     adopt(path, tmp_path / "s", 10, 1, "uint16")
-    assert run_script("tools/verify_stream.py", "s").stdout.startswith("s: right; 3 tokens, 1 documents")
+    assert run_here("tools/verify_stream.py", "s").stdout.startswith("s: right; 3 tokens, 1 documents")
 
     write_raw(path, [5, 8, 1])
-    done = run_script("tools/verify_stream.py", "s")
+    done = run_here("tools/verify_stream.py", "s")
     assert (done.returncode, done.stderr) == (
         2,
         f"error: s/shard-00000.bin -> {path}: its contents differ from the digest in stream.json\n",
@@ -330,7 +330,7 @@ def test_streams_of_two_vocabularies_do_not_go_together(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_on_adopted_tokens_is_the_run_on_the_same_stream_but_for_its_text(
-    streams: Path, experiment: Path, tmp_path: Path, run_script: RunScript
+    streams: Path, experiment: Path, tmp_path: Path, run_here: RunHere
 ) -> None:
     """Trained on the tokens of the built streams, adopted as int32 and as uint16: the same losses to the bit."""
     tokens = {name: plain(TokenStream(streams / name)) for name in ("train", "valid")}
@@ -338,13 +338,13 @@ def test_a_run_on_adopted_tokens_is_the_run_on_the_same_stream_but_for_its_text(
     write_megatron(tmp_path / "train.idx", [train[:5000].tolist(), train[5000:].tolist()], [0, 1, 2])
     write_raw(tmp_path / "valid.bin", tokens["valid"])
     for name, *options in (("train.idx",), ("valid.bin", "--dtype=uint16")):
-        done = run_script("tools/adopt_stream.py", name, f"mine/{Path(name).stem}", *options, *vocabulary)
+        done = run_here("tools/adopt_stream.py", name, f"mine/{Path(name).stem}", *options, *vocabulary)
         assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"mine/valid: {len(tokens['valid']):,} tokens of uint16 in {tmp_path}/valid.bin, ")
 
     short = (f"--config={experiment}", "--train.max_steps=4", "--run.save_every_steps=2")
-    assert run_script("launch/train.py", *short, "--run.directory=theirs").returncode == 0
-    done = run_script("launch/train.py", *short, "--stream.directory=mine", "--run.directory=r", "--stream.verify=true")
+    assert run_here("launch/train.py", *short, "--run.directory=theirs").returncode == 0
+    done = run_here("launch/train.py", *short, "--stream.directory=mine", "--run.directory=r", "--stream.verify=true")
     assert done.returncode == 0, done.stderr
     assert results(tmp_path / "r") == results(tmp_path / "theirs")
     assert "samples.md" not in done.stdout and "bits/byte" not in done.stderr
@@ -353,11 +353,11 @@ def test_a_run_on_adopted_tokens_is_the_run_on_the_same_stream_but_for_its_text(
         "config.yaml", "checkpoints", "metrics.jsonl", "curves.png",
     }  # fmt: skip
 
-    longer = run_script(
+    longer = run_here(
         "launch/train.py", *short[:1], "--stream.directory=mine", "--run.directory=r", "--train.max_steps=5"
     )
     assert longer.returncode == 0 and "resuming from step 4 of 5" in longer.stderr, longer.stderr
-    done = run_script("launch/eval.py", "--run.directory=r")
+    done = run_here("launch/eval.py", "--run.directory=r")
     figures = json.loads(done.stdout)
     assert figures["nats"] > 0 and figures["word_perplexity"] is figures["bits_per_byte"] is figures["words"] is None
 
@@ -374,25 +374,25 @@ def test_a_run_on_adopted_tokens_is_the_run_on_the_same_stream_but_for_its_text(
             "adopt it with theirs/tokenizer.model",
         ),
     ):
-        done = run_script(script, *options)
+        done = run_here(script, *options)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
         assert re.match(f"error: .*{message}", done.stderr), done.stderr
 
-    run_script("tools/adopt_stream.py", "valid.bin", "wider/valid", "--dtype=uint16", "--vocab-size=301", "--eos-id=1")
-    done = run_script("launch/eval.py", "--run.directory=r", "--stream.directory=wider")
+    run_here("tools/adopt_stream.py", "valid.bin", "wider/valid", "--dtype=uint16", "--vocab-size=301", "--eos-id=1")
+    done = run_here("launch/eval.py", "--run.directory=r", "--stream.directory=wider")
     assert done.returncode == 2
     assert "wider/valid: has a vocabulary of 301, the run's model one of 300; adopt the stream with" in done.stderr
 
 
 def test_a_run_on_tokens_adopted_with_their_tokenizer_writes_samples(
-    streams: Path, experiment: Path, tmp_path: Path, run_script: RunScript, train_here: TrainHere
+    streams: Path, experiment: Path, tmp_path: Path, run_here: RunHere, train_here: TrainHere
 ) -> None:
     write_raw(tmp_path / "train.bin", plain(TokenStream(streams / "train")))
     model = f"--tokenizer={streams}/train/tokenizer.model"
-    assert run_script("tools/adopt_stream.py", "train.bin", "mine/train", "--dtype=uint16", model).returncode == 0
+    assert run_here("tools/adopt_stream.py", "train.bin", "mine/train", "--dtype=uint16", model).returncode == 0
     short = (f"--config={experiment}", "--train.max_steps=2", "--stream.directory=mine", "--run.directory=r")
     assert train_here(*short).returncode == 0
-    done = run_script("launch/generate.py", "--run.directory=r", "--generate.prompts=anna sees")
+    done = run_here("launch/generate.py", "--run.directory=r", "--generate.prompts=anna sees")
     assert done.returncode == 0 and done.stdout.startswith("anna sees"), done.stderr
-    done = run_script("tools/adopt_stream.py", "train.bin", "other", "--dtype=uint16", "--vocab-size=300")
+    done = run_here("tools/adopt_stream.py", "train.bin", "other", "--dtype=uint16", "--vocab-size=300")
     assert done.stderr == "error: --vocab-size and --eos-id: both are needed where no --tokenizer tells them\n"

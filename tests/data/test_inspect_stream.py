@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-from conftest import RunHere, RunScript
+from conftest import RunHere
 from foreign import MARKS, SEQUENCES, plain, write_megatron
 
 from rnnlm.data.adopt import adopt
@@ -18,8 +18,8 @@ def shown(text: str) -> dict[str, list[str]]:
     return {line.split()[0]: line.split()[1:] for line in text.splitlines()}
 
 
-def test_inspection_of_a_built_stream_tells_what_numpy_tells(streams: Path, run_script: RunScript) -> None:
-    done = run_script("tools/inspect_stream.py", streams / "train", "--pieces", "3")
+def test_inspection_of_a_built_stream_tells_what_numpy_tells(streams: Path, run_here: RunHere) -> None:
+    done = run_here("tools/inspect_stream.py", streams / "train", "--pieces", "3")
     assert done.returncode == 0, done.stderr
 
     stream, lines = TokenStream(streams / "train"), done.stdout.splitlines()
@@ -50,9 +50,9 @@ def test_inspection_of_a_built_stream_tells_what_numpy_tells(streams: Path, run_
     assert max(len(bar[-1]) for bar in bars) == 40
 
 
-def test_inspection_of_an_adopted_stream_shows_ids(tmp_path: Path, run_script: RunScript) -> None:
+def test_inspection_of_an_adopted_stream_shows_ids(tmp_path: Path, run_here: RunHere) -> None:
     adopt(write_megatron(tmp_path / "t.idx", SEQUENCES, MARKS, "int64"), tmp_path / "s", 10, 1)
-    done = run_script("tools/inspect_stream.py", "s")
+    done = run_here("tools/inspect_stream.py", "s")
     assert done.returncode == 0, done.stderr
     lines, rows = done.stdout.splitlines(), shown(done.stdout)
     assert lines[1] == f"  shard-00000.bin is a link to {tmp_path}/t.bin"

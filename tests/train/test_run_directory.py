@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from conftest import RunHere, TrainHere, Uninterrupted, records
 
 from rnnlm.errors import UserError
 from rnnlm.train.run import check_place
+from rnnlm.yaml_file import load_yaml
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -80,20 +82,25 @@ def test_a_file_is_no_directory(tmp_path: Path, below: str) -> None:
 def test_streams_that_were_moved_are_asked_for(
     uninterrupted: Uninterrupted, run_here: RunHere, train_here: TrainHere, streams: Path, tmp_path: Path
 ) -> None:
-    """Not to be built again, which takes hours."""
+    """Not to be built again, which takes hours; the run was moved with them, and is resumed where it lies."""
     run = tmp_path / "moved"
     shutil.copytree(uninterrupted(1), run)
-    recorded = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(recorded.replace(str(streams), "elsewhere/streams"))
+    recorded = load_yaml(run / "config.yaml")
+    recorded["stream"]["directory"], recorded["run"]["directory"] = "elsewhere/streams", "elsewhere/run"
+    (run / "config.yaml").write_text(json.dumps(recorded))
+
     expected = "error: stream.directory=elsewhere/streams: is not there (seen from "
     for done in (
         run_here("launch/eval.py", f"--run.directory={run}"),
-        train_here(f"--config={run}/config.yaml", f"--run.directory={run}"),
+        train_here(f"--config={run}/config.yaml"),
     ):
-        assert done.returncode == 2 and done.stderr.startswith(expected), done.stderr
+        assert done.returncode == 2 and expected in done.stderr, done.stderr
         assert "give the place of the streams with --stream.directory" in done.stderr
-    found = train_here(f"--config={run}/config.yaml", f"--run.directory={run}", f"--stream.directory={streams}")
+
+    found = train_here(f"--config={run}/config.yaml", f"--stream.directory={streams}")
     assert found.returncode == 0, found.stderr
+    assert f"names run.directory=elsewhere/run, which is not there; {run} is taken" in found.stderr
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_missing_validation_stream_is_said_once_with_what_follows(

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, RunScript, command, environment, records
+from conftest import ROOT, RunScript, TrainHere, command, environment, records
 
 from rnnlm.train.signals import Interrupts
 
@@ -98,7 +98,7 @@ def started() -> Iterator[list[Run]]:
     ],
 )  # fmt: skip
 def test_fault_08_to_11_a_signal_ends_a_run_at_a_step_and_it_is_saved(
-    experiment: Path, started: list[Run], launcher: str, workers: int, number: signal.Signals, run_script: RunScript
+    experiment: Path, started: list[Run], launcher: str, workers: int, number: signal.Signals, train_here: TrainHere
 ) -> None:
     run = Run(experiment, launcher, workers)
     started.append(run)
@@ -114,7 +114,7 @@ def test_fault_08_to_11_a_signal_ends_a_run_at_a_step_and_it_is_saved(
     assert run.process.returncode == (75 if launcher == "python" else run.process.returncode) != 0
 
     if launcher == "python":
-        done = run_script("launch/train.py", f"--config={experiment}", f"--train.max_steps={marker['step'] + 1}")  # type: ignore[operator]
+        done = train_here(f"--config={experiment}", f"--train.max_steps={marker['step'] + 1}")  # type: ignore[operator]
         assert done.returncode == 0 and f"resuming from step {marker['step']}" in done.stderr
         assert not (run.directory / "preempted.json").exists()
 

@@ -51,11 +51,11 @@ def test_a_damaged_checkpoint_costs_one_interval(
 
 
 def test_generation_from_the_script(
-    uninterrupted: Uninterrupted, run_here: RunHere, run_script: RunScript, monkeypatch: pytest.MonkeyPatch
+    uninterrupted: Uninterrupted, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = uninterrupted(1)
     options = (f"--run.directory={run}", "--generate.samples=2", "--generate.prompts=[anna, bob sees]")
-    done = run_script(GENERATE, *options)
+    done = run_here(GENERATE, *options)
     assert done.returncode == 0, done.stderr
     texts = done.stdout.rstrip("\n").split("\n---\n")
     assert [text.split()[0] for text in texts] == ["anna", "anna", "bob", "bob"]

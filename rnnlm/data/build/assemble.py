@@ -36,6 +36,7 @@ from rnnlm.data.build.external_sort import (
     spill_shuffled,
 )
 from rnnlm.data.build.inputs import Inputs
+from rnnlm.data.build.position import hold_out
 from rnnlm.data.build.selections import (
     ALL,
     CountedUnit,
@@ -44,7 +45,6 @@ from rnnlm.data.build.selections import (
     choose,
     count_units,
     read_counts,
-    valid_level,
 )
 from rnnlm.data.build.shared_tasks import LOCKS, PAUSE_SECONDS, FileTask, Listing, SharedPool, taken
 from rnnlm.data.build.stream_tasks import COLUMNS, entry_path, join_parts, make_array, make_part, make_shard
@@ -131,15 +131,15 @@ class Assembler:
         """By stream what goes into it; and what the manifests say all of it is made from."""
         chosen, source = dict[str, StreamChoice](), dict(self.source)
         for split, units in self.units.items():
-            opened = [UnitFile(unit.path) for unit in units]
-            counted = self._count(split, opened)
+            counted = self._count(split, [UnitFile(unit.path) for unit in units])
             if not self.context.holds_out(split):
-                chosen[split] = choose(opened, counted, ALL)
+                chosen[split] = choose(counted, ALL)
                 continue
 
-            level = source["valid_level"] = valid_level(counted, self.context.config.stream.valid_max_tokens)
-            chosen[split] = choose(opened, counted, range(level))
-            chosen["valid"] = choose(opened, counted, range(level, LEVELS))
+            held_out = hold_out(self.context.config, self.context.work / split, self.inputs, counted, self.shared)
+            source |= held_out.source
+            chosen[split] = choose(held_out.units, range(held_out.level))
+            chosen["valid"] = choose(held_out.units, range(held_out.level, LEVELS))
         return chosen, source
 
     def _count(self, split: str, opened: Sequence[UnitFile]) -> list[CountedUnit]:
@@ -357,11 +357,11 @@ def _why_empty(target: str, kept: dict[str, int], read: int, context: BuildConte
         return f"corpus.{target}: no text in it ({read} records, none kept); give a corpus with text"
 
     other = "valid" if target == "train" else "train"
-    what = "is one document, whose hash gives it"
-    if documents > 1:
-        what = f"has {documents} documents, whose hashes give all of them"
+    what = f"has {documents} documents, whose hashes give all of them to {other}"
+    if documents == 1:
+        what = "is one document, too short to be cut in two"
     return (
-        f"corpus.train {what} to {other} (stream.valid_fraction={stream.valid_fraction}), so {target} would be empty; "
+        f"corpus.train {what} (stream.valid_fraction={stream.valid_fraction}), so {target} would be empty; "
         "give corpus.valid text of its own, cut the text into more documents, as with corpus.document=line or "
         "paragraph, or set stream.valid_fraction=0 to have no valid stream"
     )

@@ -6,8 +6,9 @@ A unit file, a shuffled unit and a shard are each a pure function of what comes 
 and renamed. So any number of workers, of kills and of repeats gives the same bytes, and the same command continues
 where the last one stopped: what has its name is not made again. The engine is any concurrent.futures.Executor; with
 build.task there is no engine at all, only processes that see the same directory. A document of corpus.train belongs to
-the valid stream when its keyed hash says so, wherever it stands; repeated documents stay on one side. Units stay when
-the streams are there, so that the next build encodes what is new. The price: every token lies on disk twice.
+the valid stream when its keyed hash says so, wherever it stands; repeated documents stay on one side; one document
+alone is split by position. Units stay when the streams are there, so that the next build encodes what is new. The
+price: every token lies on disk twice.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from rnnlm.data.build.encode import (
     run_encode_task,
     write_rejected_unit,
 )
-from rnnlm.data.build.executor import pool_of
+from rnnlm.data.build.executor import killed_twice, pool_of
 from rnnlm.data.build.inputs import Inputs
 from rnnlm.data.build.kept import check_directory, say, tidy
 from rnnlm.data.build.shared_tasks import LOCKS, SharedPool, joined
@@ -242,10 +243,8 @@ class Build:
         """Units that killed two workers: an error, or with bad records skipped a rejected record each."""
         left = [task.job for task in failed if task.job.stride or self.config.corpus.on_bad_record == "fail"]
         if left:
-            raise UserError(
-                f"{'; '.join(f'{job} ({self._range(job)})' for job in left)}: killed its worker twice, out of memory "
-                "perhaps; all others are done. Use fewer build.workers, fix the file, or set corpus.on_bad_record=skip"
-            )
+            ways_out = ", fix the file, or set corpus.on_bad_record=skip; all others are done"
+            raise killed_twice((f"{job} ({self._range(job)})" for job in left), ways_out)
         for task in failed:
             write_rejected_unit(self.encoding, task, Encoder(self.tokenizer))
 

@@ -27,6 +27,12 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3); set, they no longer g
 LARGE_BYTES = 2**22
 
 
+def killed_twice(tasks: Iterable[object], ways_out: str = "") -> UserError:
+    """What to say of tasks that killed their worker twice."""
+    names = "; ".join(map(str, tasks))
+    return UserError(f"{names}: killed its worker twice, out of memory perhaps; use fewer build.workers{ways_out}")
+
+
 class Inline(Executor):
     """Runs each task at once, in this process."""
 

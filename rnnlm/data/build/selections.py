@@ -51,6 +51,7 @@ class UnitChoice:
 class CountedUnit:
     """A unit file with the totals, (LEVELS, 4) int64, of its documents by level."""
 
+    file: UnitFile
     choice: UnitChoice
     read: Array  # of all
     once: Array  # without repeats
@@ -102,12 +103,11 @@ def read_counts(opened: Sequence[UnitFile], choices: Sequence[UnitChoice], count
     """
     if not counts:
         nothing = np.zeros((LEVELS, 1 + LEVEL), np.int64)
-        return [
-            CountedUnit(choice, unit.totals, unit.totals, nothing) for unit, choice in zip(opened, choices, strict=True)
-        ]
+        pairs = zip(opened, choices, strict=True)
+        return [CountedUnit(unit, choice, unit.totals, unit.totals, nothing) for unit, choice in pairs]
     tables = [np.array(tables, np.int64) for path in counts for tables in json.loads(path.read_bytes())]
     return [
-        CountedUnit(choice, unit.totals, once, part)
+        CountedUnit(unit, choice, unit.totals, once, part)
         for unit, choice, (once, part) in zip(opened, choices, tables, strict=True)
     ]
 
@@ -125,7 +125,7 @@ def valid_level(units: Sequence[CountedUnit], most_tokens: int) -> int:
     return level
 
 
-def choose(opened: Sequence[UnitFile], units: Sequence[CountedUnit], levels: range) -> StreamChoice:
+def choose(units: Sequence[CountedUnit], levels: range) -> StreamChoice:
     """What goes to a stream of these levels: held out ones (from a level above 0 on) once at most."""
     is_held_out = levels.start > 0
     selections, sources = list[Selection](), dict[str, Array]()
@@ -136,9 +136,9 @@ def choose(opened: Sequence[UnitFile], units: Sequence[CountedUnit], levels: ran
     distinct = sum(int(unit.distinct[levels.start : levels.stop, 0].sum()) for unit in units)
     return StreamChoice(
         selections=selections,
-        records=_count_records(opened, units, levels, distinct),
+        records=_count_records(units, levels, distinct),
         repeated=sum(selection.totals[0] for selection in selections) - distinct,
-        mended=sum(int(unit.repaired[levels.start : levels.stop].sum()) for unit in opened),
+        mended=sum(int(unit.file.repaired[levels.start : levels.stop].sum()) for unit in units),
         sources={
             name: {"documents": int(totals[0]), "text_bytes": int(totals[2]), "tokens": int(totals[1])}
             for name, totals in sources.items()
@@ -167,17 +167,14 @@ def _in_rounds(units: Sequence[CountedUnit], levels: range, once: bool) -> Itera
                 yield choice.select(levels, totals(unit.part), choice.part), choice.source
 
 
-def _count_records(
-    opened: Sequence[UnitFile], units: Sequence[CountedUnit], levels: range, distinct: int
-) -> dict[str, int]:
+def _count_records(units: Sequence[CountedUnit], levels: range, distinct: int) -> dict[str, int]:
     """Counts of records for the manifest of some levels of a split."""
-    counted = sum((Counter[str](unit.footer["records"]) for unit in opened), Counter[str]())
+    counted = sum((Counter[str](unit.file.footer["records"]) for unit in units), Counter[str]())
     read, once = (
         sum((table[:, 0] for table in tables), np.zeros(LEVELS, np.int64))
         for tables in ((unit.read for unit in units), (unit.once for unit in units))
     )
-    here, there = int(read[levels.start : levels.stop].sum()), 0
-    there = int(read.sum()) - here
+    here = int(read[levels.start : levels.stop].sum())
     duplicate = here - int(once[levels.start : levels.stop].sum())
     left_out = here - duplicate - distinct
 
@@ -185,7 +182,7 @@ def _count_records(
     is_held_out = levels.start > 0
     rejected = {} if is_held_out else {n: count for n, count in counted.items() if n not in ("read", "kept", "empty")}
     records: dict[str, Any] = {
-        "read": here if is_held_out else counted["read"] - there,
+        "read": here if is_held_out else here + counted["read"] - counted["kept"],
         "kept": distinct,
         "empty": 0 if is_held_out else counted["empty"],
         **({"duplicate": duplicate} if duplicate else {}),

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from rnnlm import files
-from rnnlm.data.build.executor import WorkerPool
+from rnnlm.data.build.executor import WorkerPool, killed_twice
 from rnnlm.data.build.unit_file import DamagedUnitError
-from rnnlm.errors import RunError, UserError
+from rnnlm.errors import RunError
 
 AnyTask = TypeVar("AnyTask", bound="Task")
 LOCKS, PHASES = "locks", "phases"  # directories in that of the build
@@ -169,9 +169,7 @@ class SharedPool:
             UserError: a task that kills its workers.
         """
         if failed := self.run(phase, tasks, run_file_task, self.work / LOCKS):
-            raise UserError(
-                f"{failed[0].path}: its worker was killed twice, out of memory perhaps; use fewer build.workers"
-            )
+            raise killed_twice(task.path for task in failed)
 
 
 def announce(work: Path, phase: str, tasks: Sequence[Task]) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rnnlm.config import Config
-from rnnlm.data.build.executor import pool_of
+from rnnlm.data.build.executor import killed_twice, pool_of
 from rnnlm.data.byte_tokenizer import ByteTokenizer
 from rnnlm.data.documents import BadRecordError, Document, Item, LongDocument, read
 from rnnlm.data.jobs import Job, jobs
@@ -124,10 +124,7 @@ def _run(
     with pool_of(build, min(workers, len(tasks)), executor) as pool:
         failed = pool.run(function, context, tasks, done)
     if failed:
-        raise UserError(
-            f"{'; '.join(str(task.job) for task in failed)}: killed its worker twice, out of memory perhaps; "
-            "use fewer build.workers, or fix the file"
-        )
+        raise killed_twice((task.job for task in failed), ", or fix the file")
 
 
 def _own_items(context: SurveyContext, job: Job) -> Iterator[Item]:

@@ -140,20 +140,20 @@ def test_a_job_that_has_to_stop_does_so_between_two_units(
 
 
 @pytest.mark.parametrize("empty", ["train", "valid"])
-def test_a_corpus_of_one_document_says_why_a_split_is_empty_and_what_helps(
+def test_a_corpus_of_two_documents_says_why_a_split_is_empty_and_what_helps(
     tmp_path: Path, tokenizer: Tokenizer, empty: str
 ) -> None:
     path = tmp_path / "book.txt"
     path.write_text("anna sees the cat\n\nbob likes a dog\n")
-    held_out = fraction_of(path.read_bytes(), 0)
-    fraction = (held_out + 1) / 2 if empty == "train" else held_out / 2
+    hashed = [fraction_of(text.encode(), 0) for text in ("anna sees the cat", "bob likes a dog")]
+    fraction = (max(hashed) + 1) / 2 if empty == "train" else min(hashed) / 2
     stream = StreamConfig(directory=str(tmp_path / "s"), valid_fraction=fraction)
-    one = Config(corpus=CorpusConfig(train=str(path), document="file"), stream=stream)
+    two = Config(corpus=CorpusConfig(train=str(path), document="paragraph"), stream=stream)
 
     other = "valid" if empty == "train" else "train"
     with pytest.raises(
-        UserError, match=rf"corpus.train is one document, whose hash gives it to {other} .*, so {empty} "
+        UserError, match=rf"corpus.train has 2 documents, whose hashes give all of them to {other} .*, so {empty} "
     ):
-        Build(one, tokenizer).run(lambda size: None)
-    whole = dataclasses.replace(one, stream=dataclasses.replace(stream, valid_fraction=0))
+        Build(two, tokenizer).run(lambda size: None)
+    whole = dataclasses.replace(two, stream=dataclasses.replace(stream, valid_fraction=0))
     assert set(run(whole, tokenizer)) == {"train"}, "the last way out that the message names"
