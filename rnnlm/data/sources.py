@@ -22,7 +22,10 @@ from rnnlm.errors import UserError
 from rnnlm.texts import SPLITS, Texts, named_sources
 
 EDGE_BYTES, BLOCK_BYTES, BLOCKS = 2**16, 2**12, 14  # of a file's content that its digest reads
-STAMPS = ("mtime", "ETag", "etag", "LastModified", "last_modified", "updated", "modified", "CRC", "created")
+STAMPS = (  # what file systems call a thing that changes with a file
+    "mtime", "ETag", "etag", "LastModified", "Last-Modified", "Content-MD5", "Digest", "last_modified", "updated",
+    "modified", "CRC", "created",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class Source:
     name: str  # within the corpus
     path: str  # on its file system, as shown to the user
     size: int  # bytes on disk
-    stamp: str  # changes with the file
+    stamp: str  # changes with the file; where its file system tells nothing of the kind, samples of its content
     group: str  # the named source that it belongs to; "": none
     file_system: Any  # fsspec's, one for all files there: travels to workers
 
@@ -105,7 +108,14 @@ def content_digest(source: Source) -> str:
     Raises:
         UserError: it cannot be read.
     """
-    size = source.size
+    try:
+        return _digest_of(source.file_system, source.path, source.size)
+    except OSError as error:
+        raise UserError(f"{source.path}: cannot be read ({error.strerror or error})") from error
+
+
+def _digest_of(file_system: Any, path: str, size: int) -> str:
+    """As content_digest, with the errors of the file system."""
     ranges = [(0, size)]
     if size > 2 * EDGE_BYTES + BLOCKS * BLOCK_BYTES:
         between = size - 2 * EDGE_BYTES - BLOCK_BYTES
@@ -113,11 +123,8 @@ def content_digest(source: Source) -> str:
         ranges = [(0, EDGE_BYTES), *((at, at + BLOCK_BYTES) for at in begins), (size - EDGE_BYTES, size)]
 
     digest = hashlib.sha256(size.to_bytes(8, "little"))
-    try:
-        for begin, end in ranges:
-            digest.update(source.file_system.cat_file(source.path, begin, end))
-    except OSError as error:
-        raise UserError(f"{source.path}: cannot be read ({error.strerror or error})") from error
+    for begin, end in ranges:
+        digest.update(file_system.cat_file(path, begin, end))
     return digest.hexdigest()
 
 
@@ -213,6 +220,8 @@ def _status(file_system: Any, path: str) -> tuple[str, int, str, tuple[Any, ...]
     kind = "directory" if info.get("type") == "directory" else "file"
     size = -1 if info.get("size") is None else int(info["size"])
     stamp = next((str(info[name]) for name in STAMPS if info.get(name)), "")
+    if not stamp and kind == "file" and size >= 0:  # else an edited file of the same size would be taken for the old one
+        stamp = _digest_of(file_system, path, size)
     return kind, size, stamp, (file_system._fs_token, path)
 
 

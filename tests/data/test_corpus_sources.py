@@ -212,6 +212,33 @@ def test_a_file_that_changes_or_vanishes_is_noticed(tmp_path: Path) -> None:
     assert not unchanged(source)
 
 
+class Unstamped(MemoryFileSystem):
+    """Files of which nobody says when they were written, as of a web server without any such header."""
+
+    protocol: ClassVar[str] = "unstamped"  # type: ignore[misc]
+    store: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        return {key: value for key, value in super().info(path, **options).items() if key in ("name", "size", "type")}
+
+
+def test_an_edited_file_of_the_same_size_is_noticed_where_its_file_system_has_no_times(tmp_path: Path) -> None:
+    fsspec.register_implementation("unstamped", Unstamped, clobber=True)
+    keys = set()
+    for text in (b"one", b"two"):
+        with fsspec.open("unstamped://text.txt", "wb") as file:
+            file.write(text)
+        corpus = CorpusConfig(train="unstamped://text.txt")
+        (source,) = sources(corpus.train, "corpus.train")
+        assert unchanged(source)
+        keys |= {job.key for job in jobs("train", [source], corpus, 1)}
+    assert len(keys) == 2, "the unit of the first would serve for the second"
+
+    with fsspec.open("unstamped://text.txt", "wb") as file:
+        file.write(b"six")
+    assert not unchanged(source)
+
+
 def test_a_digest_of_content_sees_every_byte_of_short_files_and_samples_long_ones(tmp_path: Path) -> None:
     def digest(data: bytes) -> str:
         (tmp_path / "text.txt").write_bytes(data)
