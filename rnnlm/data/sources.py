@@ -220,7 +220,9 @@ def _status(file_system: Any, path: str) -> tuple[str, int, str, tuple[Any, ...]
     kind = "directory" if info.get("type") == "directory" else "file"
     size = -1 if info.get("size") is None else int(info["size"])
     stamp = next((str(info[name]) for name in STAMPS if info.get(name)), "")
-    if not stamp and kind == "file" and size >= 0:  # else an edited file of the same size would be taken for the old one
+    if (
+        not stamp and kind == "file" and size >= 0
+    ):  # else an edited file of the same size would be taken for the old one
         stamp = _digest_of(file_system, path, size)
     return kind, size, stamp, (file_system._fs_token, path)
 

@@ -100,7 +100,7 @@ def test_a_file_whose_name_is_not_utf8_is_sampled_built_and_shown_as_an_origin(
     tmp_path: Path, tokenizer: Tokenizer, run_here: RunHere
 ) -> None:
     text = tmp_path / os.fsdecode(b"na\xffme.txt")
-    text.write_text("one\ntwo\nthree\n" * 50)
+    text.write_text("".join(f"{number}\n" for number in range(60)))
     sample = Sample(2**20, seed=0)
     sample.add(["one"], text.name, 0)
     assert sample.texts() == ["one"]
