@@ -182,7 +182,7 @@ def _knows_all_bytes(spec: dict[str, Any]) -> bool:
     vocab = spec["model"].get("vocab", ())
     levels = any(step["type"] == "ByteLevel" for step in steps(spec.get("pre_tokenizer")))
     fallback = spec["model"].get("byte_fallback") and all(f"<0x{byte:02X}>" in vocab for byte in range(256))
-    return bool(levels and all(character in vocab for character in BYTES) or fallback)
+    return bool((levels and all(character in vocab for character in BYTES)) or fallback)
 
 
 def steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
