@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import posixpath
+import re
 import stat
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,7 +164,7 @@ def _matches(pattern: str, what: str, group: str) -> Iterator[_File]:
         file_system, path = url_to_fs(pattern)
         archive = "".join(pattern.partition("::")[1:])
         is_glob = "*" in path
-        paths = sorted(file_system.glob(path)) if is_glob else _of_dataset(file_system, path, what) or [path]
+        paths = _glob(file_system, path, what) if is_glob else _of_dataset(file_system, path, what) or [path]
     except UserError:
         raise
     except (ImportError, ValueError, OSError) as error:
@@ -181,6 +184,39 @@ def _matches(pattern: str, what: str, group: str) -> Iterator[_File]:
         yield _File(file_system, each, archive, group, size, stamp, identity)
     if not count:
         raise UserError(f"{what}: no file matches; give a path, a glob or a URL of text files")
+
+
+def _glob(file_system: Any, path: str, what: str) -> list[str]:
+    """What matches, sorted; says which local directories could not be looked into."""
+
+    def warn(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            reason = f"{error.filename}: cannot be listed ({error.strerror}); no file in it is taken"
+            print(f"warning: {what}: {reason}", file=sys.stderr)
+
+    return sorted(_local_glob(path, warn) if "file" in as_list(file_system.protocol) else file_system.glob(path))
+
+
+def _local_glob(path: str, warn: Callable[[OSError], None]) -> Iterator[str]:
+    """As fsspec's, which passes over directories that are links, or that cannot be listed, without a word."""
+    from fsspec.utils import glob_translate
+
+    matches = re.compile(glob_translate(path)).match
+    root = re.split(r"[*?[]", path)[0].rpartition("/")[0]
+    depth = sys.maxsize if "**" in path else path[len(root) :].count("/")
+    for directory, names, others in os.walk(root or "/", onerror=warn, followlinks=True):
+        here = directory.rstrip("/")
+        yield from (found for name in (*names, *others) if matches(found := f"{here}/{name}"))
+
+        # no deeper than the pattern, and not in circles
+        if here[len(root) :].count("/") + 1 >= depth:
+            names.clear()
+        names[:] = [name for name in names if not _leads_up(f"{here}/{name}")]
+
+
+def _leads_up(path: str) -> bool:
+    """Whether a path is a link to a directory that it lies in."""
+    return Path(path).is_symlink() and Path(path).parent.resolve().is_relative_to(Path(path).resolve())
 
 
 def _of_dataset(file_system: Any, path: str, what: str) -> list[str]:

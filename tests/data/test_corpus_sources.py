@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import os
 import pickle
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any, ClassVar
@@ -83,6 +86,41 @@ def test_local_and_remote_paths_mix(tmp_path: Path) -> None:
     assert [source.open().read() for source in pickle.loads(pickle.dumps(found))] == [
         b"c/a.txt", b"d/a.txt", b"elsewhere",
     ]  # fmt: skip
+
+
+def test_a_directory_that_cannot_be_listed_is_named_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, "open/a.txt", "closed/b.txt")
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:  # permissions do not stop root, as whom tests may run
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [source.name for source in sources(str(tmp_path / "*/*.txt"), "corpus.train")] == ["a.txt"]
+    assert re.search(
+        r"warning: corpus.train=\S+: \S+/closed: cannot be listed \(Permission denied\); no file in it is taken",
+        capsys.readouterr().err,
+    )
+
+
+@pytest.mark.parametrize(
+    "pattern", ["d/*/*.txt", "d/**/*.txt", "d/**", "d/*/*", "*/linked/*", "*/*", "d/**/c.txt", "d/real/a*"]
+)
+def test_a_glob_takes_what_pythons_own_does_links_to_directories_with_it(tmp_path: Path, pattern: str) -> None:
+    write(tmp_path, "d/top.txt", "e/b.txt", "e/c.txt")
+    (tmp_path / "d/real").mkdir()
+    (tmp_path / "d/real/a.txt").write_text("a")
+    (tmp_path / "d/linked").symlink_to("../e")
+    (tmp_path / "d/real/up").symlink_to("..")  # which leads in circles
+
+    expected = {Path(each).resolve() for each in glob.glob(str(tmp_path / pattern), recursive=True)}  # noqa: PTH207
+    found = [Path(source.path) for source in sources(str(tmp_path / pattern), "corpus.train")]
+    assert len({path.resolve() for path in found}) == len(found)
+    assert {path.resolve() for path in found} == {path for path in expected if path.is_file()}
 
 
 class Unsized(MemoryFileSystem):
