@@ -147,7 +147,8 @@ def origin_of(stream: "TokenStream", number: int) -> str:
         source = json.loads(next(islice(file, line, None)))
     named = f", source {source['source']}" if source["source"] else ""
     kind = "row" if is_table(source["file"]) else "byte"
-    return f"from corpus.{source['split']}{named}: {source['file']}, {kind} {at:,}"
+    name = source["file"].encode(errors="surrogateescape").decode(errors="backslashreplace")  # it need not be UTF-8
+    return f"from corpus.{source['split']}{named}: {name}, {kind} {at:,}"
 
 
 def main() -> None:

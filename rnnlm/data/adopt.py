@@ -30,12 +30,14 @@ import numpy as np
 import numpy.typing as npt
 
 from rnnlm import files
+from rnnlm.data.filetypes import COMPRESSED, JSON_LINES, REFUSED, TABLES, UNCLEAR, suffix_of
 from rnnlm.data.stream_format import Manifest
 from rnnlm.data.stream_writer import commit, write_array
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
 
 BLOCK = 2**20  # tokens, sequences or documents in memory at once
+OTHERS = {*COMPRESSED, *TABLES, *JSON_LINES, *REFUSED, *UNCLEAR, ".txt", ".md"} - {".bin", ".npy"}
 RAW_DTYPES = ("uint16", "uint32")  # what nanoGPT's scripts write; the file itself does not tell
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\x00\x00"
@@ -67,7 +69,9 @@ class MegatronIndex:
         size = _size_of(path)
         with path.open("rb") as file:
             header = file.read(HEADER.size)
-        if len(header) < HEADER.size or not header.startswith(MAGIC):
+        if header.startswith(MAGIC) and len(header) < HEADER.size:
+            raise UserError(f"{path}: has {size} bytes, and its header alone has {HEADER.size}; copy it again")
+        if not header.startswith(MAGIC):
             raise UserError(f"{path}: begins with {header[:9]!r}, expected {MAGIC!r}; give the .idx of Megatron-LM")
 
         _, version, code, sequences, marks = HEADER.unpack(header)
@@ -300,6 +304,9 @@ def _layout_of(path: Path, dtype: str) -> _Layout:
             raise UserError(f"{path}: its header is llm.c's and tells of {tokens} tokens of {found}, but it has {size} "
                             "bytes; copy it again")  # fmt: skip
 
+    # told by the name: first bytes alone may be those of tokens
+    if (suffix := suffix_of(str(path))) in OTHERS:
+        raise UserError(f"{path}: a {suffix} file holds no raw tokens; give a .bin or .npy, or name it .bin if it does")
     if dtype not in RAW_DTYPES:
         hint = f", or {path.with_suffix('.idx')}" if path.with_suffix(".idx").exists() else ""
         raise UserError(f"{path}: raw tokens do not tell their dtype; give --dtype={' or '.join(RAW_DTYPES)}{hint}")

@@ -50,6 +50,11 @@ class HuggingFaceTokenizer(Tokenizer):
         named = str(spec["model"].get("unk_token") or "")
         unknown = spec["model"].get("unk_id", self.library.token_to_id(named))
         self.unknown_id = -1 if unknown is None else int(unknown)
+        if (named == eos or self.unknown_id == self.eos_id) and not _knows_all_bytes(spec):
+            raise UserError(
+                f"{self.name}: {eos} stands for unknown text and would end documents there; name another special token "
+                "with tokenizer.eos_piece"
+            )
         self._decoding = _Decoding(spec.get("decoder"), self.name)
 
     @property
@@ -172,6 +177,14 @@ def _byte_characters() -> dict[str, int]:
 BYTES = _byte_characters()
 
 
+def _knows_all_bytes(spec: dict[str, Any]) -> bool:
+    """Whether a model has a piece for each byte that a text can have, so that nothing is unknown to it."""
+    vocab = spec["model"].get("vocab", ())
+    levels = any(step["type"] == "ByteLevel" for step in steps(spec.get("pre_tokenizer")))
+    fallback = spec["model"].get("byte_fallback") and all(f"<0x{byte:02X}>" in vocab for byte in range(256))
+    return bool((levels and all(character in vocab for character in BYTES)) or fallback)
+
+
 def steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     """The simple parts of a part of a file that may be a sequence of others, or nothing."""
     if part is None:
@@ -284,7 +297,7 @@ def _load(spec: dict[str, Any], eos: str, hidden: str, name: str) -> Any:
         model["unk_token"] = hidden
     if "merges" in model:
         pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
-        model["merges"] = [pair for pair in pairs if "".join(pair) != eos]
+        model["merges"] = [pair for pair in pairs if eos not in (*pair, "".join(pair))]
     added = [{**token, "content": hidden} if token["content"] == eos else token for token in spec["added_tokens"]]
     plain = {"truncation": None, "padding": None, "post_processor": None}
 

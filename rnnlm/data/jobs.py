@@ -105,4 +105,4 @@ def _is_small(source: Source, corpus: CorpusConfig) -> bool:
 
 def _ends_group(source: Source) -> bool:
     """Whether a file is the last of its group, about one in 256: behind it groups are the same, whatever is before."""
-    return hashlib.blake2b(source.path.encode(), digest_size=1).digest() == b"\0"
+    return hashlib.blake2b(source.path.encode(errors="surrogateescape"), digest_size=1).digest() == b"\0"

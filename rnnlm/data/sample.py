@@ -31,7 +31,8 @@ class Sample:
 
     def add(self, parts: Iterable[str], name: str, offset: int) -> None:
         """Offer a document that comes in parts, and stands at `offset` in the file of this name."""
-        place = keyed_hash(self._seed, f"{name}\n{offset}\n".encode())
+        # a file's name need not be valid UTF-8
+        place = keyed_hash(self._seed, f"{name}\n{offset}\n".encode(errors="surrogateescape"))
         for index, text in enumerate(excerpts(parts)):
             data = text.encode()
             self.seen_bytes += len(data)

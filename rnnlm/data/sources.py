@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import posixpath
+import re
 import stat
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +25,10 @@ from rnnlm.errors import UserError
 from rnnlm.texts import SPLITS, Texts, named_sources
 
 EDGE_BYTES, BLOCK_BYTES, BLOCKS = 2**16, 2**12, 14  # of a file's content that its digest reads
-STAMPS = ("mtime", "ETag", "etag", "LastModified", "last_modified", "updated", "modified", "CRC", "created")
+STAMPS = (  # what file systems call a thing that changes with a file
+    "mtime", "ETag", "etag", "LastModified", "Last-Modified", "Content-MD5", "Digest", "last_modified", "updated",
+    "modified", "CRC", "created",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +38,7 @@ class Source:
     name: str  # within the corpus
     path: str  # on its file system, as shown to the user
     size: int  # bytes on disk
-    stamp: str  # changes with the file
+    stamp: str  # changes with the file; where its file system tells nothing of the kind, samples of its content
     group: str  # the named source that it belongs to; "": none
     file_system: Any  # fsspec's, one for all files there: travels to workers
 
@@ -105,7 +111,14 @@ def content_digest(source: Source) -> str:
     Raises:
         UserError: it cannot be read.
     """
-    size = source.size
+    try:
+        return _digest_of(source.file_system, source.path, source.size)
+    except OSError as error:
+        raise UserError(f"{source.path}: cannot be read ({error.strerror or error})") from error
+
+
+def _digest_of(file_system: Any, path: str, size: int) -> str:
+    """As content_digest, with the errors of the file system."""
     ranges = [(0, size)]
     if size > 2 * EDGE_BYTES + BLOCKS * BLOCK_BYTES:
         between = size - 2 * EDGE_BYTES - BLOCK_BYTES
@@ -113,11 +126,8 @@ def content_digest(source: Source) -> str:
         ranges = [(0, EDGE_BYTES), *((at, at + BLOCK_BYTES) for at in begins), (size - EDGE_BYTES, size)]
 
     digest = hashlib.sha256(size.to_bytes(8, "little"))
-    try:
-        for begin, end in ranges:
-            digest.update(source.file_system.cat_file(source.path, begin, end))
-    except OSError as error:
-        raise UserError(f"{source.path}: cannot be read ({error.strerror or error})") from error
+    for begin, end in ranges:
+        digest.update(file_system.cat_file(path, begin, end))
     return digest.hexdigest()
 
 
@@ -154,7 +164,7 @@ def _matches(pattern: str, what: str, group: str) -> Iterator[_File]:
         file_system, path = url_to_fs(pattern)
         archive = "".join(pattern.partition("::")[1:])
         is_glob = "*" in path
-        paths = sorted(file_system.glob(path)) if is_glob else _of_dataset(file_system, path, what) or [path]
+        paths = _glob(file_system, path, what) if is_glob else _of_dataset(file_system, path, what) or [path]
     except UserError:
         raise
     except (ImportError, ValueError, OSError) as error:
@@ -174,6 +184,39 @@ def _matches(pattern: str, what: str, group: str) -> Iterator[_File]:
         yield _File(file_system, each, archive, group, size, stamp, identity)
     if not count:
         raise UserError(f"{what}: no file matches; give a path, a glob or a URL of text files")
+
+
+def _glob(file_system: Any, path: str, what: str) -> list[str]:
+    """What matches, sorted; says which local directories could not be looked into."""
+
+    def warn(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            reason = f"{error.filename}: cannot be listed ({error.strerror}); no file in it is taken"
+            print(f"warning: {what}: {reason}", file=sys.stderr)
+
+    return sorted(_local_glob(path, warn) if "file" in as_list(file_system.protocol) else file_system.glob(path))
+
+
+def _local_glob(path: str, warn: Callable[[OSError], None]) -> Iterator[str]:
+    """As fsspec's, which passes over directories that are links, or that cannot be listed, without a word."""
+    from fsspec.utils import glob_translate
+
+    matches = re.compile(glob_translate(path)).match
+    root = re.split(r"[*?[]", path)[0].rpartition("/")[0]
+    depth = sys.maxsize if "**" in path else path[len(root) :].count("/")
+    for directory, names, others in os.walk(root or "/", onerror=warn, followlinks=True):
+        here = directory.rstrip("/")
+        yield from (found for name in (*names, *others) if matches(found := f"{here}/{name}"))
+
+        # no deeper than the pattern, and not in circles
+        if here[len(root) :].count("/") + 1 >= depth:
+            names.clear()
+        names[:] = [name for name in names if not _leads_up(f"{here}/{name}")]
+
+
+def _leads_up(path: str) -> bool:
+    """Whether a path is a link to a directory that it lies in."""
+    return Path(path).is_symlink() and Path(path).parent.resolve().is_relative_to(Path(path).resolve())
 
 
 def _of_dataset(file_system: Any, path: str, what: str) -> list[str]:
@@ -213,6 +256,10 @@ def _status(file_system: Any, path: str) -> tuple[str, int, str, tuple[Any, ...]
     kind = "directory" if info.get("type") == "directory" else "file"
     size = -1 if info.get("size") is None else int(info["size"])
     stamp = next((str(info[name]) for name in STAMPS if info.get(name)), "")
+    if (
+        not stamp and kind == "file" and size >= 0
+    ):  # else an edited file of the same size would be taken for the old one
+        stamp = _digest_of(file_system, path, size)
     return kind, size, stamp, (file_system._fs_token, path)
 
 

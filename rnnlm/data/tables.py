@@ -188,6 +188,11 @@ def _column(source: Source, schema: Any, field: str) -> list[str]:
     import pyarrow
 
     names, kind = _find(list(schema), field)
+    if names and schema.names.count(names[0]) > 1:
+        raise UserError(
+            f"{source.path}: has several columns {names[0]}; rename all but one; its columns: {schema.names}"
+        )
+
     stored = kind.value_type if kind is not None and pyarrow.types.is_dictionary(kind) else kind
     if names and any(getattr(pyarrow.types, f"is_{each}")(stored) for each in TEXT_TYPES):
         return names

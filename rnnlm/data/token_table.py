@@ -40,7 +40,7 @@ def read_table(path: Path) -> dict[str, int]:
     """
     way_out = "give a table of pieces and ids"
     try:
-        text = read_bounded(path, "tokenizer.table", way_out).decode()
+        text = read_bounded(path, "tokenizer.table", way_out).decode("utf-8-sig")  # some editors write a BOM
     except UnicodeDecodeError as error:
         raise UserError(f"tokenizer.table={path}: not valid UTF-8 ({error}); {way_out}") from error
 

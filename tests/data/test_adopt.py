@@ -194,7 +194,13 @@ MISFITS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
         r"t.bin: token 1 has the id -1, outside the vocabulary of 10",
     ),
     "truncated index": (cut_index, {}, r"t.idx: has \d+ bytes, expected \d+ for 7 sequences and 6 marks"),
-    "truncated header": (cut_header, {}, r"t.idx: begins with .*expected b'MMIDIDX"),
+    "truncated header": (cut_header, {}, r"t.idx: has \d+ bytes, and its header alone has 34; copy it again"),
+    "text": (
+        lambda tmp: write_raw(tmp / "t.txt", [5, 1]),
+        {"dtype": "uint16"},
+        r"t.txt: a .txt file holds no raw tokens; give a .bin or .npy, or name it .bin if it does",
+    ),
+    "archive of arrays": (lambda tmp: write_raw(tmp / "t.npz", [5, 1]), {}, r"t.npz: a .npz file holds no raw tokens"),
     "no index": (lambda tmp: write_raw(tmp / "t.idx", [5] * 99), {}, r"t.idx: begins with .*expected b'MMIDIDX"),
     "floats": (of_floats, {}, r"t.idx: version 1, dtype code 6, 6 marks of documents; expected version 1"),
     "other dtype than the index": (

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import os
 import pickle
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any, ClassVar
@@ -83,6 +86,41 @@ def test_local_and_remote_paths_mix(tmp_path: Path) -> None:
     assert [source.open().read() for source in pickle.loads(pickle.dumps(found))] == [
         b"c/a.txt", b"d/a.txt", b"elsewhere",
     ]  # fmt: skip
+
+
+def test_a_directory_that_cannot_be_listed_is_named_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, "open/a.txt", "closed/b.txt")
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:  # permissions do not stop root, as whom tests may run
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [source.name for source in sources(str(tmp_path / "*/*.txt"), "corpus.train")] == ["a.txt"]
+    assert re.search(
+        r"warning: corpus.train=\S+: \S+/closed: cannot be listed \(Permission denied\); no file in it is taken",
+        capsys.readouterr().err,
+    )
+
+
+@pytest.mark.parametrize(
+    "pattern", ["d/*/*.txt", "d/**/*.txt", "d/**", "d/*/*", "*/linked/*", "*/*", "d/**/c.txt", "d/real/a*"]
+)
+def test_a_glob_takes_what_pythons_own_does_links_to_directories_with_it(tmp_path: Path, pattern: str) -> None:
+    write(tmp_path, "d/top.txt", "e/b.txt", "e/c.txt")
+    (tmp_path / "d/real").mkdir()
+    (tmp_path / "d/real/a.txt").write_text("a")
+    (tmp_path / "d/linked").symlink_to("../e")
+    (tmp_path / "d/real/up").symlink_to("..")  # which leads in circles
+
+    expected = {Path(each).resolve() for each in glob.glob(str(tmp_path / pattern), recursive=True)}  # noqa: PTH207
+    found = [Path(source.path) for source in sources(str(tmp_path / pattern), "corpus.train")]
+    assert len({path.resolve() for path in found}) == len(found)
+    assert {path.resolve() for path in found} == {path for path in expected if path.is_file()}
 
 
 class Unsized(MemoryFileSystem):
@@ -209,6 +247,33 @@ def test_a_file_that_changes_or_vanishes_is_noticed(tmp_path: Path) -> None:
     assert unchanged(source)
     with fsspec.open("memory://changing.txt", "wb") as file:
         file.write(b"two")
+    assert not unchanged(source)
+
+
+class Unstamped(MemoryFileSystem):
+    """Files of which nobody says when they were written, as of a web server without any such header."""
+
+    protocol: ClassVar[str] = "unstamped"  # type: ignore[misc]
+    store: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        return {key: value for key, value in super().info(path, **options).items() if key in ("name", "size", "type")}
+
+
+def test_an_edited_file_of_the_same_size_is_noticed_where_its_file_system_has_no_times(tmp_path: Path) -> None:
+    fsspec.register_implementation("unstamped", Unstamped, clobber=True)
+    keys = set()
+    for text in (b"one", b"two"):
+        with fsspec.open("unstamped://text.txt", "wb") as file:
+            file.write(text)
+        corpus = CorpusConfig(train="unstamped://text.txt")
+        (source,) = sources(corpus.train, "corpus.train")
+        assert unchanged(source)
+        keys |= {job.key for job in jobs("train", [source], corpus, 1)}
+    assert len(keys) == 2, "the unit of the first would serve for the second"
+
+    with fsspec.open("unstamped://text.txt", "wb") as file:
+        file.write(b"six")
     assert not unchanged(source)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rnnlm.config import Config, CorpusConfig, StreamConfig, TokenizerConfig
 from rnnlm.data.build.build import Build
 from rnnlm.data.encoder import Encoder
-from rnnlm.data.hugging_face_tokenizer import HuggingFaceTokenizer
+from rnnlm.data.hugging_face_tokenizer import HuggingFaceTokenizer, with_eos
 from rnnlm.data.hugging_face_words import PATTERNS
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.tokenizer import Tokenizer
@@ -173,6 +173,30 @@ def test_no_text_says_eos() -> None:
         "other special tokens are what they are"
     )
     assert (GPT2.unknown_id, LLAMA.unknown_id) == (-1, 0)
+
+
+def test_a_merge_of_eos_with_more_is_left_out_as_eos_itself_is() -> None:
+    def edit(spec: dict[str, Any]) -> None:
+        spec["model"]["vocab"]["<|endoftext|>a"] = 400
+        spec["model"]["merges"].append(["<|endoftext|>", "a"])
+
+    tokenizer = HuggingFaceTokenizer(byte_level(edit))
+    assert tokenizer.encode(TEXTS[0]) == GPT2.encode(TEXTS[0])
+    assert tokenizer.encode("<|endoftext|>a") == GPT2.encode("<|endoftext|>a")
+
+
+def test_an_eos_that_stands_for_unknown_text_is_refused_unless_nothing_is_unknown() -> None:
+    def named(spec: dict[str, Any]) -> None:
+        spec["model"]["unk_token"] = "<|endoftext|>"
+
+    assert HuggingFaceTokenizer(byte_level(named)).encode("\0\U0001f389") == GPT2.encode("\0\U0001f389")
+
+    words = tokenizers.Tokenizer(models.WordLevel({"</s>": 0, "anna": 1, "<eos>": 2}, unk_token="</s>"))
+    words.add_special_tokens(["</s>", "<eos>"])
+    with pytest.raises(UserError, match=r"</s> stands for unknown text and would end documents there; name another"):
+        HuggingFaceTokenizer(words.to_str().encode())
+    other = HuggingFaceTokenizer(with_eos(words.to_str().encode(), "tokenizer.json", "<eos>"))
+    assert (other.eos_id, other.encode("otto")) == (2, [0])
 
 
 def test_another_eos_is_recorded_in_the_file(tmp_path: Path) -> None:

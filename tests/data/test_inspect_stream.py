@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import numpy as np
-from conftest import RunHere
+from conftest import RunHere, RunScript, build_streams
 from foreign import MARKS, SEQUENCES, plain, write_megatron
 
 from rnnlm.data.adopt import adopt
+from rnnlm.data.sample import Sample
 from rnnlm.data.stream import TokenStream
+from rnnlm.data.tokenizer import Tokenizer
 
 
 def shown(text: str) -> dict[str, list[str]]:
@@ -91,6 +94,22 @@ def test_a_document_is_shown_with_its_tokens_and_its_origin(
         assert done.returncode == 2
         assert f"error: --document={outside}: {streams}/train has" in done.stderr
         assert f"documents, 0 to {stream.manifest.documents - 1}" in done.stderr
+
+
+def test_a_file_whose_name_is_not_utf8_is_sampled_built_and_shown_as_an_origin(
+    tmp_path: Path, tokenizer: Tokenizer, run_here: RunHere
+) -> None:
+    text = tmp_path / os.fsdecode(b"na\xffme.txt")
+    text.write_text("".join(f"{number}\n" for number in range(60)))
+    sample = Sample(2**20, seed=0)
+    sample.add(["one"], text.name, 0)
+    assert sample.texts() == ["one"]
+
+    (tmp_path / "s").mkdir()
+    build_streams(tmp_path / "s", text, tokenizer)
+    done = run_here("tools/inspect_stream.py", "s/train", "--document=0")
+    assert done.returncode == 0, done.stderr
+    assert r"from corpus.train: na\xffme.txt, byte 0" in done.stdout
 
 
 def test_a_stream_that_knows_no_origins_says_so_behind_the_text(tmp_path: Path, run_here: RunHere) -> None:

@@ -186,6 +186,14 @@ def test_parquet_obeys_the_policies(tmp_path: Path) -> None:
     assert read_all(path, on_bad_record="replace") == [one, missing, repaired, four]
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_two_columns_of_one_name_are_refused_since_nobody_knows_which_is_meant(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"text{suffix}"
+    write(path, pyarrow.Table.from_arrays([pyarrow.array(["one"]), pyarrow.array(["two"])], ["text", "text"]), 1)
+    with pytest.raises(UserError, match=r"has several columns text; rename all but one; its columns:"):
+        read_all(path)
+
+
 @pytest.mark.parametrize("policy", ["fail", "skip", "replace"])
 def test_parquet_without_the_column_is_a_mistake_under_any_policy(tmp_path: Path, policy: str) -> None:
     path = tmp_path / "text.parquet"

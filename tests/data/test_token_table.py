@@ -143,6 +143,9 @@ def test_a_table_alone_is_of_words_or_of_characters(tmp_path: Path) -> None:
     assert characters.encode("ab 漢x") == [3, 4, 2, 5, 1]
     assert (characters.eos_id, characters.decode([3, 4, 2, 5])) == (6, "ab 漢")
 
+    with_bom = choose(tmp_path, None, "\ufeff<blank>\n<unk>\n<space>\na\nb\n漢\n<sos/eos>\n", eos_piece="<sos/eos>")
+    assert with_bom.digest == characters.digest
+
     with pytest.raises(UserError, match=r"not in tokenizer.table; name the entry that ends a text, of <sos/eos>"):
         choose(tmp_path, None, "<unk> 0\na 1\n<sos/eos> 2\n")
     with pytest.raises(UserError, match=r"has none of <unk>, <UNK>, \[UNK\]"):
