@@ -205,7 +205,7 @@ def share(call: Any) -> Iterator[Any]:
         yield call.func.value
 
 
-OWN_OPERATORS = [("BaseSmallStatement", leave_out), ("If", turn_round), ("While", turn_round), ("Call", share)]
+OWN_OPERATORS: Any = [("BaseSmallStatement", leave_out), ("If", turn_round), ("While", turn_round), ("Call", share)]
 
 
 # Running them
@@ -244,8 +244,8 @@ class Place:
         import pytest
 
         options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={WORK}/temporary-{self.number}", "-m", marks]
-        code = pytest.main([*options, *tests])
-        os._exit(0 if code == pytest.ExitCode.NO_TESTS_COLLECTED else int(code))  # none of them is slow
+        ended = pytest.main([*options, *tests])
+        os._exit(0 if ended == pytest.ExitCode.NO_TESTS_COLLECTED else int(ended))  # none of them is slow
 
     def clear(self, module: str) -> None:
         """The module as it is, and no process left."""
