@@ -133,6 +133,7 @@ def test_restrictions_are_those_of_a_slow_reference() -> None:
     logits[1] = 0.0
     logits[2, 4:] = logits[2, 3]
     logits[3] *= 40  # so unlike that the likeliest have all the probability that numbers can hold
+
     for top_k, top_p in product((0, 1, 2, 5, 8, 9, 10), (0.0, 0.3, 0.9, 1 - 1e-12, 1.0)):
         found = restrict(logits, top_k, top_p)
         for row, kept in zip(logits, found, strict=True):
