@@ -1,7 +1,7 @@
 # make quickstart   from nothing to a trained model and its text, in a few minutes on two CPU cores
 # make test         the test suite
 # make check        lint, format and types
-# make mutants      small faults put into the code, and which no test notices: hours, or SAMPLE=200, MODULES=rnnlm/data/ring.py
+# make mutants      small faults put into the code, and which no test notices: hours, or SAMPLE=20, MODULES=rnnlm/data/ring.py
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,7 +1,7 @@
 """Which small faults in the code no test notices: mutants of the modules that hold the promise, and their tests.
 
     make mutants                                                # all of MODULES, hours; taken up again where it ended
-    make mutants SAMPLE=200                                     # 200 of all, chosen by --seed
+    make mutants SAMPLE=20                                      # 20 of each module, chosen by --seed
     python tools/mutate.py rnnlm/data/ring.py --jobs 2
     python tools/mutate.py rnnlm/data/ring.py --slow            # what survived, given to the slow tests as well
     python tools/mutate.py rnnlm/data/ring.py --list            # how many there are
@@ -11,7 +11,8 @@ condition turned round, a copy that is not made. mutmut's own runner mutates no 
 cannot give tests to modules by name; so this script runs them: each mutant lies in a copy of the repository, where
 scripts that tests start find it too, and a fork of a process that has the libraries already imported runs pytest there.
 Texts of errors and annotations are left alone. Results are in .mutants/results.jsonl: who was killed stays so, who
-survived is tried again when its tests have changed. Prints counts, and a diff for each survivor.
+survived is tried again when its tests have changed. Prints counts, and a diff for each survivor; those that were
+stopped because they took too long count as killed, and stand in a column of their own.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,48 @@ WORK = ROOT / ".mutants"
 MODULES = {  # module -> the files of tests that concern it, the quickest first
     "rnnlm/data/ring.py": ("data/test_ring_offsets", "data/test_ring", "data/test_substreams"),
     "rnnlm/data/substreams.py": ("data/test_substreams", "train/test_continuity"),
+    "rnnlm/data/build/unit_file.py": (
+        "data/build/test_units",
+        "data/build/test_selections",
+        "data/build/test_external_sort",
+        "data/build/test_kept",
+        "data/build/test_durable",
+    ),
     "rnnlm/data/build/units.py": (
         "data/build/test_units",
         "data/test_documents",
+        "data/build/test_kept",
         "data/build/test_build",
         "data/build/test_kills",
     ),
-    "rnnlm/data/build/assemble.py": ("data/build/test_build", "data/build/test_engines", "data/build/test_kills"),
+    "rnnlm/data/build/encode.py": (
+        "data/build/test_kept",
+        "data/build/test_inputs",
+        "data/build/test_build",
+        "data/build/test_interrupt",
+        "data/build/test_kills",
+    ),
+    "rnnlm/data/build/selections.py": (
+        "data/build/test_selections",
+        "data/build/test_build",
+        "data/build/test_external_sort",
+        "data/build/test_durable",
+    ),
+    "rnnlm/data/build/stream_tasks.py": (
+        "data/build/test_build",
+        "data/build/test_inputs",
+        "data/build/test_engines",
+        "data/build/test_kills",
+    ),
+    "rnnlm/data/build/assemble.py": (
+        "data/build/test_build",
+        "data/build/test_selections",
+        "data/build/test_external_sort",
+        "data/build/test_inputs",
+        "data/build/test_durable",
+        "data/build/test_engines",
+        "data/build/test_kills",
+    ),
     "rnnlm/model/generate.py": ("model/test_generate", "model/test_generated_rows", "train/test_trained_run"),
     "rnnlm/checkpoint/checkpoint.py": (
         "checkpoint/test_read_back",
@@ -62,7 +99,10 @@ MODULES = {  # module -> the files of tests that concern it, the quickest first
         "train/test_elastic",
     ),
     "rnnlm/train/run.py": (
+        "train/test_run_directory",
+        "train/test_run_tokenizer",
         "train/test_restore",
+        "train/test_sizes",
         "train/test_state",
         "train/test_trainer",
         "train/test_elastic",
@@ -71,7 +111,7 @@ MODULES = {  # module -> the files of tests that concern it, the quickest first
 }
 LIBRARIES = ("torch", "accelerate", "numba", "safetensors.torch", "sentencepiece", "pydantic", "jsonargparse", "yaml",
              "matplotlib.pyplot", "pytest")  # fmt: skip  # imported once for all mutants
-PATIENCE = 5  # a mutant may take so many times as long as its tests do without it, and half a minute; else it hangs
+PATIENCE = 5  # a mutant may take so many times as long as its tests do without it, and a minute; else it hangs
 
 
 # Mutants
@@ -95,13 +135,19 @@ class Mutant:
         return "\n".join(difflib.unified_diff(*lines, self.module, self.key, n=1, lineterm=""))
 
 
-def mutants_of(module: str) -> list[Mutant]:
-    """All mutants of a module that are Python, in the order of its lines, each once."""
+def mutants_of(module: str, sample: int, seed: int) -> list[Mutant]:
+    """Mutants of a module that are Python, each once: a sample, which begins with any smaller one; 0: all."""
     import libcst as cst
 
     source = (ROOT / module).read_text()
     tree, found = cst.parse_module(source), dict[str, Mutant]()
-    for node, changed in changes(tree):
+    ahead = list(changes(tree))
+    if sample:
+        random.Random(f"{seed} {module}").shuffle(ahead)
+
+    for node, changed in ahead:
+        if sample and len(found) == sample:
+            break
         code = tree.deep_replace(node, changed).code
         try:
             compile(code, module, "exec")
@@ -159,7 +205,7 @@ def share(call: Any) -> Iterator[Any]:
         yield call.func.value
 
 
-OWN_OPERATORS = [("BaseSmallStatement", leave_out), ("If", turn_round), ("While", turn_round), ("Call", share)]
+OWN_OPERATORS: Any = [("BaseSmallStatement", leave_out), ("If", turn_round), ("While", turn_round), ("Call", share)]
 
 
 # Running them
@@ -198,8 +244,8 @@ class Place:
         import pytest
 
         options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={WORK}/temporary-{self.number}", "-m", marks]
-        code = pytest.main([*options, *tests])
-        os._exit(0 if code == pytest.ExitCode.NO_TESTS_COLLECTED else int(code))  # none of them is slow
+        ended = pytest.main([*options, *tests])
+        os._exit(0 if ended == pytest.ExitCode.NO_TESTS_COLLECTED else int(ended))  # none of them is slow
 
     def clear(self, module: str) -> None:
         """The module as it is, and no process left."""
@@ -214,7 +260,7 @@ class Place:
 
 
 def run(place: Place, module: str, code: str, tests: list[str], marks: str, limit: float) -> Iterator[str | None]:
-    """None while it runs, then "killed" or "survived"."""
+    """None while it runs, then "killed", "hung" or "survived"."""
     begun, child = time.monotonic(), place.start(module, code, tests, marks)
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -227,12 +273,11 @@ def run(place: Place, module: str, code: str, tests: list[str], marks: str, limi
         os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
     place.clear(module)
-    yield "killed" if late or status else "survived"
+    yield "hung" if not ended else "killed" if status else "survived"
 
 
 def try_all(wanted: list[Mutant], places: list[Place], marks: str) -> Iterator[tuple[Mutant, str]]:
     """Each mutant with what became of it, as they end."""
-    limits: dict[str, float] = {}
     running: dict[Place, tuple[Mutant, Iterator[str | None]]] = {}
     ahead = list(reversed(wanted))
     while ahead or running:
@@ -240,9 +285,7 @@ def try_all(wanted: list[Mutant], places: list[Place], marks: str) -> Iterator[t
             if place not in running and ahead:
                 mutant = ahead.pop()
                 tests = tests_of(mutant.module)
-                if mutant.module not in limits:
-                    limits[mutant.module] = 30 + PATIENCE * seconds_without(place, mutant.module, marks)
-                limit = limits[mutant.module]
+                limit = 60 + PATIENCE * sum(seconds_without(place, path, marks) for path in tests)
                 running[place] = mutant, run(place, mutant.module, mutant.code, tests, marks, limit)
 
         time.sleep(0.05)
@@ -252,14 +295,21 @@ def try_all(wanted: list[Mutant], places: list[Place], marks: str) -> Iterator[t
                 yield mutant, state
 
 
-def seconds_without(place: Place, module: str, marks: str) -> float:
-    """How long a module's tests take as they are; they must pass."""
-    begun = time.monotonic()
-    for state in run(place, module, (ROOT / module).read_text(), tests_of(module), marks, 3600):
+def seconds_without(place: Place, path: str, marks: str) -> float:
+    """How long a file of tests takes without a mutant; it must pass."""
+    file, key = WORK / "seconds.json", f"{path} {marks} {hashlib.sha256((ROOT / path).read_bytes()).hexdigest()[:16]}"
+    known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    if key in known:
+        return known[key]
+
+    begun, module = time.monotonic(), next(iter(MODULES))
+    for state in run(place, module, (ROOT / module).read_text(), [path], marks, 3600):
         time.sleep(0.05)
-        if state == "killed":
-            sys.exit(f"{module}: its tests fail as they are; see {WORK}/output-{place.number}")
-    return time.monotonic() - begun
+        if state not in (None, "survived"):
+            sys.exit(f"{path} fails without a mutant; see {WORK}/output-{place.number}")
+    known[key] = time.monotonic() - begun
+    file.write_text(json.dumps(known, indent=1))
+    return known[key]
 
 
 def tests_of(module: str) -> list[str]:
@@ -281,7 +331,7 @@ def main() -> None:
     """Make the mutants, try those whose end is not known, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", metavar="MODULE", help="default: all of MODULES")
-    parser.add_argument("--sample", type=int, default=0, help="so many of all, chosen by --seed; 0: all")
+    parser.add_argument("--sample", type=int, default=0, help="so many of each module, chosen by --seed; 0: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--slow", action="store_true", help="give what survived to the slow tests too")
@@ -290,9 +340,7 @@ def main() -> None:
     if unknown := [module for module in options.modules if module not in MODULES]:
         parser.error(f"{', '.join(unknown)}: not among the modules with tests to try; these are {', '.join(MODULES)}")
 
-    wanted = [mutant for module in options.modules or MODULES for mutant in mutants_of(module)]
-    if options.sample:
-        wanted = random.Random(options.seed).sample(wanted, min(options.sample, len(wanted)))
+    wanted = draw(options.modules or list(MODULES), options.sample, options.seed)
     if not options.list:
         WORK.mkdir(exist_ok=True)
         for library in LIBRARIES:
@@ -301,6 +349,12 @@ def main() -> None:
         for marks in ("not gpu and not slow", "not gpu and slow")[: 1 + options.slow]:
             try_unknown(wanted, places, marks)
     report(wanted)
+
+
+def draw(modules: list[str], sample: int, seed: int) -> list[Mutant]:
+    """Mutants of all modules in turn, so that whoever ends early has tried as many of each; 0: all there are."""
+    drawn = [mutants_of(module, sample, seed) for module in modules]
+    return [mutant for turn in zip_longest(*drawn) for mutant in turn if mutant]
 
 
 def results() -> dict[str, dict[str, str]]:
@@ -317,7 +371,7 @@ def try_unknown(wanted: list[Mutant], places: list[Place], marks: str) -> None:
 
     def is_known(mutant: Mutant) -> bool:
         found = known.get(mutant.key, {})
-        return found.get("state") == "killed" or found.get(marks) == versions[mutant.module]
+        return found.get("state") in ("killed", "hung") or found.get(marks) == versions[mutant.module]
 
     ahead = [mutant for mutant in wanted if not is_known(mutant)]
     with (WORK / "results.jsonl").open("a") as file:
@@ -332,15 +386,16 @@ def try_unknown(wanted: list[Mutant], places: list[Place], marks: str) -> None:
 def report(wanted: list[Mutant]) -> None:
     """A line for each module, and a diff for each survivor."""
     known = results()
-    survivors = [mutant for mutant in wanted if known.get(mutant.key, {}).get("state") == "survived"]
-    for mutant in survivors:
-        print(f"\n{mutant.diff()}")
+    modules = list(dict.fromkeys(mutant.module for mutant in wanted))
+    for mutant in sorted(wanted, key=lambda each: modules.index(each.module)):
+        if known.get(mutant.key, {}).get("state") == "survived":
+            print(f"\n{mutant.diff()}")
 
-    print(f"\n{'module':36}{'mutants':>9}{'killed':>9}{'survived':>9}{'not tried':>11}")
-    for module in [*dict.fromkeys(mutant.module for mutant in wanted), "all"]:
+    columns = ("killed", "hung", "survived", "")
+    print(f"\n{'module':36}{'mutants':>10}" + "".join(f"{name or 'not tried':>10}" for name in columns))
+    for module in [*modules, "all"]:
         states = [known.get(each.key, {}).get("state", "") for each in wanted if module in (each.module, "all")]
-        counts = (len(states), *(states.count(state) for state in ("killed", "survived", "")))
-        print(f"{module:36}{counts[0]:9}{counts[1]:9}{counts[2]:9}{counts[3]:11}")
+        print(f"{module:36}{len(states):10}" + "".join(f"{states.count(name):10}" for name in columns))
 
 
 if __name__ == "__main__":

@@ -119,5 +119,5 @@ class Ring:
         """Where rows first..last-1 read at a step: (ring positions, number of targets), each (last - first,)."""
         epoch, done = self.locate(step)
         edges = self.edges(first, last)
-        lengths = np.clip(np.diff(edges) - done, 0, self.seq_len)
+        lengths = np.minimum(np.diff(edges) - done, self.seq_len)  # never below 0: see targets_before
         return (edges[:-1] + (done + self.offset(epoch))) % self.tokens, lengths

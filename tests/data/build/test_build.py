@@ -15,8 +15,8 @@ from conftest import make_text
 from rnnlm.config import Config, CorpusConfig, StreamConfig
 from rnnlm.data.build import encode, executor
 from rnnlm.data.build.build import Build
-from rnnlm.data.build.encode import EncodeTask, run_encode_task
-from rnnlm.data.build.shared_tasks import LOCKS
+from rnnlm.data.build.encode import EncodeContext, EncodeTask, run_encode_task
+from rnnlm.data.build.shared_tasks import LOCKS, taken
 from rnnlm.data.jobs import jobs
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.tokenizer import Tokenizer
@@ -109,9 +109,8 @@ def test_an_empty_corpus_is_refused_and_leaves_no_stream(tmp_path: Path, tokeniz
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["build"]
 
 
-def test_a_job_that_has_to_stop_does_so_between_two_units(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def streamed_job(tmp_path: Path, tokenizer: Tokenizer) -> tuple[EncodeContext, EncodeTask]:
+    """The one job of a compressed file of several units, and the directories of a build that has not begun it."""
     (tmp_path / "text.txt.gz").write_bytes(gzip.compress("\n".join(make_text(200, seed=6)).encode()))
     build = Build(config_of(tmp_path / "out", str(tmp_path / "text.txt.gz"), unit_bytes=2000), tokenizer)
     context = build.encoding
@@ -119,8 +118,13 @@ def test_a_job_that_has_to_stop_does_so_between_two_units(
         path.mkdir(parents=True)
     (context.work / "tokenizer.model").write_bytes(tokenizer.model)
     (job,) = jobs("train", build.inputs.by_split["train"], build.config.corpus, 1)
-    task = EncodeTask(job, context.entry_path(job))
+    return context, EncodeTask(job, context.entry_path(job))
 
+
+def test_a_job_that_has_to_stop_does_so_between_two_units(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, task = streamed_job(tmp_path, tokenizer)
     stop, write_unit = threading.Event(), encode.write_unit
 
     def third_is_the_last(path: Path, *arguments: Any) -> None:
@@ -137,6 +141,20 @@ def test_a_job_that_has_to_stop_does_so_between_two_units(
     monkeypatch.setattr(encode, "write_unit", write_unit)
     run_encode_task(context, task)
     assert len(list(context.directory("train").glob("*.unit"))) > 3 and task.path.exists()
+
+
+def test_a_job_is_not_done_while_someone_else_is_at_one_of_its_units(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    context, task = streamed_job(tmp_path, tokenizer)
+    theirs = context.unit_path(task.job, 2)
+    with taken(context.work / LOCKS, theirs) as is_mine:
+        assert is_mine
+        for _ in range(2):  # which units there are is not known, then known
+            run_encode_task(context, task)
+            assert len(list(context.directory("train").glob("*.unit"))) > 3
+            assert not theirs.exists() and not task.path.exists()
+
+    run_encode_task(context, task)
+    assert theirs.exists() and task.path.exists()
 
 
 @pytest.mark.parametrize("empty", ["train", "valid"])
