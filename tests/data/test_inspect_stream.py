@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-from conftest import RunHere, RunScript, build_streams
+from conftest import RunHere, build_streams
 from foreign import MARKS, SEQUENCES, plain, write_megatron
 
 from rnnlm.data.adopt import adopt
