@@ -11,8 +11,7 @@ condition turned round, a copy that is not made. mutmut's own runner mutates no 
 cannot give tests to modules by name; so this script runs them: each mutant lies in a copy of the repository, where
 scripts that tests start find it too, and a fork of a process that has the libraries already imported runs pytest there.
 Texts of errors and annotations are left alone. Results are in .mutants/results.jsonl: who was killed stays so, who
-survived is tried again when its tests have changed. Prints counts, and a diff for each survivor; those that were
-stopped because they took too long count as killed, and stand in a column of their own.
+survived is tried again when its tests have changed. Prints counts, and a diff for each survivor; `hung`: took too long.
 """
 
 import argparse

@@ -25,6 +25,7 @@ from rnnlm.data.stream import TokenStream
 from rnnlm.data.stream_format import Manifest
 from rnnlm.data.stream_sources import SourceMap
 from rnnlm.data.substreams import Batch, SubstreamDataset
+from rnnlm.errors import UserError
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.model.layers import Hidden
 
@@ -88,7 +89,15 @@ def evaluate(
         process, processes: this process computes blocks process, process + processes, ...
         gather: adds up a (batch_size, sources) fp64 tensor over the processes; in each all rows but its own are zero.
         beat: called after every batch, and as often by processes that have none left.
+
+    Raises:
+        UserError: there is nothing to score.
     """
+    manifest = stream.manifest
+    scored = manifest.tokens - (0 if count_eos else manifest.eos_tokens)
+    if not scored:
+        raise UserError(f"{stream.directory}: all its tokens are EOS, and eval.count_eos=false scores none of these")
+
     rows = min(batch_size, len(stream))
     ring = Ring(len(stream), rows, WINDOW)
     device = model.embedding.weight.device
@@ -108,17 +117,16 @@ def evaluate(
         for batch in SubstreamDataset(stream, ring, first, last, 0, ring.windows_per_epoch):
             inputs, targets = batch.to(device)
             if not count_eos:
-                targets = targets.masked_fill(targets == stream.manifest.eos_id, -1)
+                targets = targets.masked_fill(targets == manifest.eos_id, -1)
             losses, hidden = model.token_losses(inputs, hidden, targets)
             sums[first:last] += _sum_by_source(losses.double(), batch, sources)
             beat()
 
-    manifest = stream.manifest
     nats = gather(sums)  # (batch_size, sources)
     ends = manifest.eos_tokens if count_eos else 0
     return Evaluation(
         nats=math.fsum(nats.flatten().tolist()),
-        scored_tokens=manifest.tokens - (0 if count_eos else manifest.eos_tokens),
+        scored_tokens=scored,
         words=manifest.words + ends if manifest.text_bytes else None,
         text_bytes=manifest.text_bytes or None,
         documents=manifest.documents,

@@ -374,11 +374,7 @@ def test_a_run_on_adopted_tokens_is_the_run_on_the_same_stream_but_for_its_text(
             "trained on a stream without a tokenizer",
         ),
         ("launch/eval.py", ["--run.directory=r", f"--stream.directory={streams}"], "no r/tokenizer.model: adopt it"),
-        (
-            "launch/eval.py",
-            ["--run.directory=theirs", "--stream.directory=mine"],
-            "adopt it with theirs/tokenizer.model",
-        ),
+        ("launch/eval.py", ["--run.directory=theirs", "--stream.directory=mine"], "with theirs/tokenizer.model"),
     ):
         done = run_here(script, *options)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from conftest import make_text
 
 from rnnlm.config import Config, CorpusConfig, ModelConfig, StreamConfig
+from rnnlm.data.adopt import adopt
 from rnnlm.data.build.build import Build
 from rnnlm.data.stream import TokenStream
+from rnnlm.errors import UserError
 from rnnlm.model.evaluate import WARM_UP, evaluate
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.texts import NamedSource
@@ -138,3 +140,14 @@ def test_each_source_of_the_corpus_has_its_own_figures(model: RecurrentLM, token
         assert sum(each["scored_tokens"] for each in found.sources.values()) == found.scored_tokens == len(stream)
         assert sum(each["nats"] for each in found.sources.values()) == pytest.approx(found.nats)
     assert len(evaluate(model, stream, 7, False).sources) >= 2
+
+
+def test_a_stream_of_ends_alone_has_nothing_to_score_where_these_do_not_count(
+    model: RecurrentLM, tmp_path: Path
+) -> None:
+    np.full(9, 1, np.uint16).tofile(tmp_path / "t.bin")
+    adopt(tmp_path / "t.bin", tmp_path / "ends", 300, 1, "uint16")
+    stream = TokenStream(tmp_path / "ends")
+    assert evaluate(model, stream, 4, count_eos=True).scored_tokens == 9
+    with pytest.raises(UserError, match=r"ends: all its tokens are EOS, and eval.count_eos=false"):
+        evaluate(model, stream, 4, count_eos=False)
