@@ -22,7 +22,7 @@ def line(row: dict[str, Any]) -> str:
     name = row["preset"] + (f" ({row['scaled']})" if row["scaled"] else "")
     if "missing" in row:
         return _join([name, row["precision"], row["missing"], *[""] * (len(COLUMNS) - 3)])
-    difference = row.get("loss_difference")
+
     return _join(
         [
             name,
@@ -36,7 +36,7 @@ def line(row: dict[str, Any]) -> str:
             f"{row['step_peak_mb']:,.0f} ({row['loop_peak_mb']:,.0f})",
             f"{row['operations']} ({row['loop_operations']})",
             f"{row['host_ms']:.2f} ({row['loop_host_ms']:.2f})",
-            _optional(difference, "{:.1g}"),
+            _optional(row.get("loss_difference"), "{:.1g}"),
         ]
     )
 
