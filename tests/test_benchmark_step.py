@@ -24,6 +24,7 @@ from step_speed.presets import PRESETS, Preset, make_batches, preset, reduced, t
 from step_speed.sides import Sides
 from step_speed.table import header, line, split_tables
 
+from rnnlm.errors import UserError
 from rnnlm.train.distributed import Accelerator, launched
 
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def test_both_sides_have_the_same_losses_over_fifty_steps(precision: str, tolera
 
 def test_a_comparison_has_all_that_is_promised_and_becomes_a_table() -> None:
     with one_thread("fp32") as accelerator:
-        found = measure(SMALL, "fp32", accelerator, repeats=5, squares=(16,))
+        found = measure(SMALL, "fp32", accelerator, repeats=5, warm_up=1, squares=(16,))
     row = {"preset": "a", "precision": "fp32", "scaled": "", "host_ms": 1.0, "loop_host_ms": 1.0, **found}
     assert {
         "preset", "precision", "ratio_to_loop", "ratio_to_floor", "peak_memory_ratio", "operations", "host_ms",
@@ -146,6 +147,14 @@ def test_every_form_of_a_product_is_that_product(chunks: int) -> None:
         product(*flat, out, (m, k, n), layout, chunks)()
         found = out.view(n, m).t() if layout[2] else out.view(m, n)
         torch.testing.assert_close(found, left @ right)
+
+
+def test_options_of_our_side_reach_its_configuration_but_change_no_preset() -> None:
+    given = dataclasses.replace(SMALL, options=("--train.loss_chunk_tokens=7",))
+    assert tiny(given).config("fp32", "cpu").train.loss_chunk_tokens == 7
+    assert given.config("bf16", "cpu").model == SMALL.config("bf16", "cpu").model
+    with pytest.raises(UserError, match=r"model\.layers is the preset's own"):
+        dataclasses.replace(SMALL, options=("--model.layers=3",)).config("fp32", "cpu")
 
 
 def test_presets_say_where_they_are_scaled_and_batches_follow_each_other() -> None:

@@ -3,6 +3,7 @@
     python tools/benchmark_step.py
     python tools/benchmark_step.py --presets imdb notebook --precisions bf16 --repeats 9 --json step.json
     python tools/benchmark_step.py --device cuda
+    python tools/benchmark_step.py --presets notebook --warm-up 300 -- --train.loss_chunk_tokens=1024
 
 The usual loop is what everyone writes (tools/step_speed/usual_loop.py). Ours is the step of a run: TrainStep, with
 Accelerate. The floor is the indispensable work at its best: the head's matrix products in the fastest of several
@@ -19,6 +20,9 @@ process; medians of --repeats steps, each from host to finished device, on CUDA 
   left to calculate.
 - losses: the largest difference in nats over --loss-steps steps from the same weights without dropout; on a CPU with
   at most 16 rows, widths of 128 and 2,000 pieces.
+
+Behind -- stand options of our side that change no sizes. --warm-up steps are made by both sides before the first that
+is measured, where it matters that a model has learnt something.
 
 Then the time of each part, forward and backward together, by the profiler: a single step, whose sum may differ from
 the median. Each preset in each precision has a process of its own. Prints tables for the README.
@@ -49,7 +53,8 @@ def main() -> None:
     print(table.header(), flush=True)
     for name in options.presets:
         for precision in options.precisions:
-            rows.append(alone(name, precision, options.device, options.repeats, options.loss_steps))
+            given = (options.repeats, options.loss_steps, options.warm_up, options.ours)
+            rows.append(alone(name, precision, options.device, *given))
             print(table.line(rows[-1]), flush=True)
             if options.json:
                 text = json.dumps(rows, indent=1)
@@ -76,6 +81,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="all")
     parser.add_argument("--repeats", type=int, default=7, help="steps whose median is taken: 7, at least 5")
     parser.add_argument("--loss-steps", type=int, default=50, help="over which losses are compared: 50; 0: not")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before the first that is measured: 2")
+    parser.add_argument("ours", nargs="*", metavar="-- --section.key=value", help="options of our side")
     parser.add_argument("--json", help="a file for all that was measured: a list of objects")
     options = parser.parse_args()
     if options.repeats < 5:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,15 +23,20 @@ HOST_STEPS = 30
 BATCHES = 4
 
 
-def compare(name: str, precision: str, device: str, repeats: int, loss_steps: int) -> dict[str, Any]:
+def compare(
+    name: str, precision: str, device: str, repeats: int, loss_steps: int, warm_up: int, options: Sequence[str]
+) -> dict[str, Any]:
     """All that is measured of a preset in a precision; times in ms, memory in MB.
 
     Args:
         repeats: steps whose median is taken.
         loss_steps: over which the losses of both sides are compared, on a CPU at a reduced size; 0: not.
+        warm_up: steps of both sides before the first that is measured.
+        options: of our side.
     """
-    size = preset(name, device)
+    size = replace(preset(name, device), options=tuple(options))
     row: dict[str, Any] = {"preset": name, "precision": precision, "device": device, "scaled": size.scaled}
+    row |= {"options": list(options), "warm_up": warm_up}
     if size.head not in HEADS:
         return row | {"missing": f"model.head={size.head} is not there"}
 
@@ -39,28 +46,30 @@ def compare(name: str, precision: str, device: str, repeats: int, loss_steps: in
             at = without_dropout(reduced(size) if device == "cpu" else size)
             row["loss_difference"] = Sides(at, precision, accelerator, loss_steps).loss_difference(loss_steps)
         row |= _host_time(tiny(size), precision, accelerator)
-        return row | measure(size, precision, accelerator, repeats, SQUARES[device])
+        return row | measure(size, precision, accelerator, repeats, warm_up, SQUARES[device])
 
 
 def measure(
-    size: Preset, precision: str, accelerator: Accelerator, repeats: int, squares: tuple[int, ...]
+    size: Preset, precision: str, accelerator: Accelerator, repeats: int, warm_up: int, squares: tuple[int, ...]
 ) -> dict[str, Any]:
     """Times, memory, operations and the split of the time at this size."""
     device, dtype = accelerator.device, DTYPES[precision]
     peak = peak_rate(dtype, device, squares)
-    sides = Sides(size, precision, accelerator, BATCHES)
-    floor = Floor(size, dtype, sides.inputs, sides.parameters()).works if size.head == "softmax" else {}
+    sides = Sides(size, precision, accelerator, max(BATCHES, warm_up))
+    floor = Floor(size, dtype, sides.inputs, sides.parameters()) if size.head == "softmax" else None
+    pieces = floor.works if floor else {}
 
-    works: dict[str, Work] = {"loop": sides.run_loop, "step": sides.run_ours, **floor}
-    for work in (sides.run_loop, sides.run_ours) * 2:
+    works: dict[str, Work] = {"loop": sides.run_loop, "step": sides.run_ours, **pieces}
+    for work in (sides.run_loop, sides.run_ours) * warm_up:
         work()
     times = 10 if device.type == "cuda" else 1
     seconds = in_turn(works, device, repeats, times)
-    bottom = sum(seconds[piece] for piece in floor)
+    bottom = sum(seconds[piece] for piece in pieces)
     return {
         "repeats": repeats,
         **_times(size, seconds, bottom, peak),
-        "floor_parts_ms": {piece: 1e3 * seconds[piece] for piece in floor},
+        "floor_parts_ms": {piece: 1e3 * seconds[piece] for piece in pieces},
+        "floor_forms": floor.chosen if floor else {},
         **_memory(sides),
         "operations": count_operations(sides.run_ours),
         "loop_operations": count_operations(sides.run_loop),

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from rnnlm.config import Config, ModelConfig, OptimConfig, TrainConfig
+from rnnlm.cli import read_config
+from rnnlm.config import Config
 from rnnlm.data.substreams import Batch
+from rnnlm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Preset:
         batch, window: substreams, and tokens of each in a step.
         head: of our side; the usual loop has full logits always.
         scaled: what was made smaller than the preset is, for printing; empty: nothing.
+        options: of our side, besides, as in --train.loss_chunk_tokens=1024.
     """
 
     vocab_size: int
@@ -33,6 +36,7 @@ class Preset:
     window: int
     head: str = "softmax"
     scaled: str = ""
+    options: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -47,17 +51,22 @@ class Preset:
         return 6 * self.tokens * (recurrent + self.hidden_size * self.vocab_size)  # backward twice forward
 
     def config(self, precision: str, device: str) -> Config:
-        """What a user would write for it."""
-        return Config(
-            model=ModelConfig(
-                embedding_size=self.embedding_size, hidden_size=self.hidden_size, layers=self.layers,
-                dropout=self.dropout, head=self.head, init="uniform", init_range=0.05,
-            ),
-            optim=OptimConfig(learning_rate=0.001),
-            train=TrainConfig(
-                global_batch_size=self.batch, seq_len=self.window, precision=precision, device=device,  # type: ignore[arg-type]
-            ),
-        )  # fmt: skip
+        """What a user would write for it.
+
+        Raises:
+            UserError: an option that the preset gives itself, or one that is wrong.
+        """
+        own = {
+            "model.embedding_size": self.embedding_size, "model.hidden_size": self.hidden_size,
+            "model.layers": self.layers, "model.dropout": self.dropout, "model.head": self.head,
+            "model.init": "uniform", "model.init_range": 0.05, "optim.learning_rate": 0.001,
+            "train.global_batch_size": self.batch, "train.seq_len": self.window, "train.precision": precision, "train.device": device,
+        }  # fmt: skip
+        for option in self.options:
+            key = option.removeprefix("--").partition("=")[0]
+            if key in own:
+                raise UserError(f"{option}: {key} is the preset's own; choose another preset, or another option")
+        return read_config(("model", "optim", "train"), None, [f"--{key}={own[key]}" for key in own] + [*self.options])
 
 
 PRESETS = {
