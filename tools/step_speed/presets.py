@@ -60,7 +60,8 @@ class Preset:
             "model.embedding_size": self.embedding_size, "model.hidden_size": self.hidden_size,
             "model.layers": self.layers, "model.dropout": self.dropout, "model.head": self.head,
             "model.init": "uniform", "model.init_range": 0.05, "optim.learning_rate": 0.001,
-            "train.global_batch_size": self.batch, "train.seq_len": self.window, "train.precision": precision, "train.device": device,
+            "train.global_batch_size": self.batch, "train.seq_len": self.window, "train.precision": precision,
+            "train.device": device,
         }  # fmt: skip
         for option in self.options:
             key = option.removeprefix("--").partition("=")[0]
