@@ -16,14 +16,15 @@ from conftest import ROOT, command, environment
 ROOMS = ("", "data", "data/build", "model", "checkpoint", "train")  # each imports only from those before it
 GROUND = (
     "errors", "hashing", "machine", "files", "knob", "texts", "config", "faults", "yaml_file", "key_names",
-    "arguments", "cli",
+    "arguments", "cli", "kernels",
 )  # fmt: skip
 ALONE = {"checkpoint"}  # rooms that import from the ground floor alone
 TORCH = {"data/substreams", "model", "checkpoint", "train"}  # where torch may be imported
 HOMES = {
     "sentencepiece": "data/sentencepiece_tokenizer data/tokenizer_training tools/fuzz_encoder",
     "tokenizers": "data/hugging_face_tokenizer tools/fuzz_encoder",
-    "numba": "data/kernels",
+    "numba": "kernels",
+    "triton": "model/dropout_triton",
     "pyarrow": "data/tables",
     "distributed": "data/build/executor",
     "safetensors": "checkpoint/safetensors_file",

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rnnlm.data.kernels import inlined, kernel
+from rnnlm.kernels import inlined, kernel
 from rnnlm.data.word_keys import ODD, Array, U, hash_key, make_key, mix, same_bytes
 from rnnlm.data.word_table import FIRST, LAST, NEW, SPACE
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rnnlm.data.bpe_kernels import MAX_BPE_BYTES, count_words, merge_symbols, put_merge, write_pieces
-from rnnlm.data.kernels import inlined, kernel
+from rnnlm.kernels import inlined, kernel
 from rnnlm.data.word_keys import Array
 from rnnlm.data.word_table import LAST, NEW
 

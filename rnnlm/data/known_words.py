@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rnnlm.data.kernels import kernel
+from rnnlm.kernels import kernel
 from rnnlm.data.word_keys import HASHED, Array, U, hash_key, make_key, same_bytes
 from rnnlm.data.word_table import NEW, WordTable
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rnnlm.data.kernels import inlined, kernel
+from rnnlm.kernels import inlined, kernel
 from rnnlm.data.word_keys import HASHED, ONES, Array, U, hash_key, load, make_key, same_bytes
 
 BLOCK = 512  # words found before they are looked up together, so that their cache misses overlap
