@@ -2,9 +2,9 @@
 
     N = T * B cells (position and substream), F features
 
-Bits and roundings are those of the eager form in `dropout.py`. Every sum, product and shift is of unsigned 32 bits, cast
-back at once, since numba widens them: nothing overflows a signed number, and sixteen values fit into a register. bf16
-is handed over as its bits, for which NumPy has no type.
+Bits and roundings are those of the eager form in `dropout.py`. Every sum, product and shift is of unsigned 32 bits,
+cast back at once, since numba widens them: nothing overflows a signed number, and sixteen values fit into a register.
+bf16 is handed over as its bits, for which NumPy has no type.
 """
 
 from __future__ import annotations
@@ -104,7 +104,11 @@ def drop_bfloat16(
             out[n, feature] = np.uint16(rounded if product == product else NAN)
 
 
-KERNELS = {torch.float32: drop_floats, torch.float64: drop_floats, torch.bfloat16: drop_bfloat16}
+KERNELS: dict[torch.dtype, Callable[..., None]] = {
+    torch.float32: drop_floats,
+    torch.float64: drop_floats,
+    torch.bfloat16: drop_bfloat16,
+}
 
 
 def find(dtype: torch.dtype) -> Callable[..., Tensor] | None:
@@ -130,9 +134,12 @@ def drop(x: Tensor, start: int, step: Tensor, rows: Tensor, locked: bool, limit:
     ours, theirs = (each.view(cells, width).numpy() for each in arrays)
     arguments = (ours, theirs, start, step.item(), rows.contiguous().numpy(), locked, limit, scale)
 
-    run, threads = KERNELS[x.dtype], max(1, min(torch.get_num_threads(), x.numel() // PER_THREAD))
+    run = KERNELS[x.dtype]
+    threads = max(1, min(torch.get_num_threads(), x.numel() // PER_THREAD))
     edges = [cells * part // threads for part in range(threads + 1)]
-    others = [_pool(os.getpid(), threads).submit(run, *edges[part : part + 2], *arguments) for part in range(1, threads)]
+    others = [
+        _pool(os.getpid(), threads).submit(run, *edges[part : part + 2], *arguments) for part in range(1, threads)
+    ]
     run(0, edges[1], *arguments)
     for other in others:
         other.result()

@@ -33,14 +33,20 @@ def mix(x):  # type: ignore[no-untyped-def]
 
 
 @jit
-def nearest_bfloat16(x):  # type: ignore[no-untyped-def]
-    """fp32 rounded to the nearest bf16, of two to the even one; by hand, since Triton's interpreter cuts off."""
+def float32_of(x):  # type: ignore[no-untyped-def]
+    """bf16 widened by its bits, as below, since Triton's interpreter loses the smallest and does not round."""
+    return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+@jit
+def bfloat16_of(x):  # type: ignore[no-untyped-def]
+    """fp32 rounded to the nearest bf16, of two to the even one."""
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
     return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
-@jit(do_not_specialize=["start", "least", "cells", "features", "substreams"])
+@jit(do_not_specialize=["start", "least", "cells", "substreams"])  # type: ignore[untyped-decorator]
 def drop_block(  # type: ignore[no-untyped-def]
     x, out, start, step, rows, least, scale, cells, features, substreams,
     locked: tl.constexpr, cell_block: tl.constexpr, feature_block: tl.constexpr,
@@ -50,7 +56,7 @@ def drop_block(  # type: ignore[no-untyped-def]
     now = tl.load(step)
     key = mix(mix((now ^ (start.to(tl.int64) + 2**31)).to(tl.uint32)) ^ (now >> 32).to(tl.uint32))
 
-    cell = tl.program_id(0).to(tl.int64) * cell_block + tl.arange(0, cell_block)
+    cell = tl.program_id(0) * cell_block + tl.arange(0, cell_block)
     feature = tl.program_id(1) * feature_block + tl.arange(0, feature_block)
     inside = (cell < cells)[:, None] & (feature < features)[None, :]
 
@@ -61,13 +67,13 @@ def drop_block(  # type: ignore[no-untyped-def]
     bits = (bits ^ (bits >> SHIFT_1)) * tl.full((), SECOND, tl.uint32)
     keep = bits.to(tl.int32, bitcast=True) >= least  # as signed numbers, as the eager form compares
 
-    place = cell[:, None] * features + feature[None, :]
+    place = cell.to(tl.int64)[:, None] * features + feature[None, :]
     # a product even with 0, as in the eager form: NaN stays NaN, and -1 becomes -0
-    product = tl.load(x + place, mask=inside).to(tl.float32) * tl.where(keep, scale, 0.0)
+    factor, old = tl.where(keep, scale, 0.0), tl.load(x + place, mask=inside)
     if out.dtype.element_ty == tl.bfloat16:
-        tl.store(out + place, nearest_bfloat16(product), mask=inside)
+        tl.store(out + place, bfloat16_of(float32_of(old) * factor), mask=inside)
     else:
-        tl.store(out + place, product.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + place, (old.to(tl.float32) * factor).to(out.dtype.element_ty), mask=inside)
 
 
 def find(dtype: torch.dtype) -> Callable[..., Tensor] | None:
@@ -86,10 +92,11 @@ def drop(x: Tensor, start: int, step: Tensor, rows: Tensor, locked: bool, least:
     x = x.contiguous()
     out = torch.empty_like(x)
     length, substreams, features = x.shape
-    grid = (triton.cdiv(length * substreams, CELLS), triton.cdiv(features, FEATURES))
+    cells = length * substreams
+    grid = (triton.cdiv(cells, CELLS), triton.cdiv(features, FEATURES))
     if x.numel():
         drop_block[grid](
-            x, out, start - 2**31, step, rows.contiguous(), least - 2**31, scale, length * substreams, features, substreams,
+            x, out, start - 2**31, step, rows.contiguous(), least - 2**31, scale, cells, features, substreams,
             locked, CELLS, FEATURES,
         )  # fmt: skip
     return out

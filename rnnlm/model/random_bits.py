@@ -36,11 +36,11 @@ def hashed_bits(seed: int, place: int, step: Tensor, rows: Tensor, positions: in
 
     row = mix(mix(key ^ _int32(rows)))  # (B,)
     position = mix(_int32(torch.arange(positions, device=device)))  # (T,)
-    cell = mix(row[None, :] ^ position[:, None])  # (T, B)
+    cell = mix(row.unsqueeze(0) ^ position.unsqueeze(1))  # (T, B)
     feature = mix(_int32(torch.arange(features, device=device)) ^ key)  # (F,)
 
     # both sides are well mixed: one multiplication and one fold between them, and one to spread into the high bits
-    bits = cell[:, :, None] + feature  # (T, B, F)
+    bits = cell.unsqueeze(2) + feature  # (T, B, F)
     bits *= MULTIPLIERS[0]
     bits ^= (bits >> SHIFTS[1]).bitwise_and_(2 ** (32 - SHIFTS[1]) - 1)
     bits *= MULTIPLIERS[1]
