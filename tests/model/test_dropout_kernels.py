@@ -126,6 +126,7 @@ def test_gradients_of_any_order_are_those_of_the_function() -> None:
     assert torch.autograd.gradgradcheck(function, x)
 
 
+@pytest.mark.slow
 def test_tensors_without_values_pass_in_their_shape_and_precision() -> None:
     x = torch.ones(3, 4, 5, dtype=torch.bfloat16, device="meta", requires_grad=True)
     step, rows = torch.zeros((), dtype=torch.int64, device="meta"), torch.arange(4, device="meta")
@@ -173,3 +174,19 @@ def test_the_kernel_for_gpus_has_the_bits_of_the_eager_form(
         start = start_number(site.seed, site.place)
         mine = triton_kernel(x, start, step, rows, locked, math.floor(0.3 * 2**32), scale)
         assert_same_bits(mine, eager_dropout(x, site, step, rows))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
+@pytest.mark.parametrize("locked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_masks_of_a_gpu_are_those_of_a_cpu(dtype: torch.dtype, locked: bool) -> None:
+    step, rows, site = torch.tensor(2**40 + 3), 2**33 + 3 * torch.arange(20), Site(0.3, locked, 2**62 + 7, 2**31 + 1)
+    x, outer = values((35, 20, 650), dtype), values((35, 20, 650), dtype, seed=1)
+    found = []
+    for device in ("cpu", "cuda"):
+        here = x.to(device).requires_grad_()
+        out = dropout(here, *site, step.to(device), rows.to(device))
+        found.append([out.detach().cpu(), torch.autograd.grad(out, here, outer.to(device))[0].cpu()])
+    for mine, theirs in zip(*found, strict=True):
+        assert_same_bits(mine, theirs)
