@@ -124,6 +124,22 @@ def test_a_reader_of_a_stream_needs_no_parser_of_text() -> None:
     assert {room_of(module) for module in imported_modules("data/tokenizer")} == {""}
 
 
+def test_training_loads_a_compiler_only_when_something_is_dropped() -> None:
+    """What a module imports within a function is imported when it is called."""
+    reached, ahead = set[str](), ["train/trainer"]
+    while ahead:
+        module = ahead.pop()
+        if module not in reached:
+            reached.add(module)
+            statements = ast.parse((PACKAGE / f"{module}.py").read_text()).body
+            outermost = [each for each in statements if isinstance(each, ast.ImportFrom)]
+            names = {f"{each.module}{end}" for each in outermost for end in ("", *(f".{a.name}" for a in each.names))}
+            paths = {name.removeprefix("rnnlm.").replace(".", "/") for name in names}
+            ahead += [each for each in imported_modules(module) if each in paths]
+    assert {"model/dropout", "data/substreams"} <= reached, "else nothing was followed"
+    assert not reached & {"kernels", "model/dropout_kernels", "model/dropout_triton"}
+
+
 def test_torch_is_imported_only_where_tensors_are() -> None:
     for module in MODULES:
         if any(name.split(".")[0] == "torch" for name in imports(PACKAGE / f"{module}.py")):
