@@ -136,6 +136,7 @@ def test_training_loads_a_compiler_only_when_something_is_dropped() -> None:
             names = {f"{each.module}{end}" for each in outermost for end in ("", *(f".{a.name}" for a in each.names))}
             paths = {name.removeprefix("rnnlm.").replace(".", "/") for name in names}
             ahead += [each for each in imported_modules(module) if each in paths]
+
     assert {"model/dropout", "data/substreams"} <= reached, "else nothing was followed"
     assert not reached & {"kernels", "model/dropout_kernels", "model/dropout_triton"}
 

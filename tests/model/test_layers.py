@@ -98,6 +98,7 @@ def test_weights_are_cast_once_for_all_micro_batches_of_an_update_with_the_same_
         return [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
 
     each = gradients()
+
     with cast_once():
         narrow = [cast(weight, torch.bfloat16) for weight in layer.parameters()]
         assert all(
