@@ -16,14 +16,15 @@ from conftest import ROOT, command, environment
 ROOMS = ("", "data", "data/build", "model", "checkpoint", "train")  # each imports only from those before it
 GROUND = (
     "errors", "hashing", "machine", "files", "knob", "texts", "config", "faults", "yaml_file", "key_names",
-    "arguments", "cli",
+    "arguments", "cli", "kernels",
 )  # fmt: skip
 ALONE = {"checkpoint"}  # rooms that import from the ground floor alone
 TORCH = {"data/substreams", "model", "checkpoint", "train"}  # where torch may be imported
 HOMES = {
     "sentencepiece": "data/sentencepiece_tokenizer data/tokenizer_training tools/fuzz_encoder",
     "tokenizers": "data/hugging_face_tokenizer tools/fuzz_encoder",
-    "numba": "data/kernels",
+    "numba": "kernels",
+    "triton": "model/dropout_triton",
     "pyarrow": "data/tables",
     "distributed": "data/build/executor",
     "safetensors": "checkpoint/safetensors_file",
@@ -121,6 +122,23 @@ def test_a_reader_of_a_stream_needs_no_parser_of_text() -> None:
     parsers = {"data/sources", "data/decompress", "data/jobs", "data/records", "data/tables", "data/documents"}
     assert not reached & parsers
     assert {room_of(module) for module in imported_modules("data/tokenizer")} == {""}
+
+
+def test_training_loads_a_compiler_only_when_something_is_dropped() -> None:
+    """What a module imports within a function is imported when it is called."""
+    reached, ahead = set[str](), ["train/trainer"]
+    while ahead:
+        module = ahead.pop()
+        if module not in reached:
+            reached.add(module)
+            statements = ast.parse((PACKAGE / f"{module}.py").read_text()).body
+            outermost = [each for each in statements if isinstance(each, ast.ImportFrom)]
+            names = {f"{each.module}{end}" for each in outermost for end in ("", *(f".{a.name}" for a in each.names))}
+            paths = {name.removeprefix("rnnlm.").replace(".", "/") for name in names}
+            ahead += [each for each in imported_modules(module) if each in paths]
+
+    assert {"model/dropout", "data/substreams"} <= reached, "else nothing was followed"
+    assert not reached & {"kernels", "model/dropout_kernels", "model/dropout_triton"}
 
 
 def test_torch_is_imported_only_where_tensors_are() -> None:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rnnlm.data.kernels import inlined, kernel
 from rnnlm.data.word_keys import ODD, Array, U, hash_key, make_key, mix, same_bytes
 from rnnlm.data.word_table import FIRST, LAST, NEW, SPACE
+from rnnlm.kernels import inlined, kernel
 
 MAX_BPE_BYTES = 160  # of a word that is segmented here; longer ones are SentencePiece's
 MAX_RUN_BYTES = 32  # of the white space before it

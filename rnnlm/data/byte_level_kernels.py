@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rnnlm.data.bpe_kernels import MAX_BPE_BYTES, count_words, merge_symbols, put_merge, write_pieces
-from rnnlm.data.kernels import inlined, kernel
 from rnnlm.data.word_keys import Array
 from rnnlm.data.word_table import LAST, NEW
+from rnnlm.kernels import inlined, kernel
 
 LETTER, NUMBER, MARK, WHITE = 1, 2, 3, 4  # classes of characters; 0: not known
 

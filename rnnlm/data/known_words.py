@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from rnnlm.data.kernels import kernel
 from rnnlm.data.word_keys import HASHED, Array, U, hash_key, make_key, same_bytes
 from rnnlm.data.word_table import NEW, WordTable
+from rnnlm.kernels import kernel
 
 SPACES = [chr(code) for code in range(0x3001) if chr(code).isspace()]  # the last is U+3000
 MARGIN = 24  # bytes that make_key may read behind a word

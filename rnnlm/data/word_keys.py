@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rnnlm.data.kernels import inlined
+from rnnlm.kernels import inlined
 
 INLINE_BYTES = 15  # words up to this are compared in two registers, longer ones by hash and then byte by byte
 Array = npt.NDArray[Any]

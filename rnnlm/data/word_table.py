@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rnnlm.data.kernels import inlined, kernel
 from rnnlm.data.word_keys import HASHED, ONES, Array, U, hash_key, load, make_key, same_bytes
+from rnnlm.kernels import inlined, kernel
 
 BLOCK = 512  # words found before they are looked up together, so that their cache misses overlap
 MAX_WORDS = 2**18  # held at once; beyond, the first quarter stays: the frequent ones come early

@@ -1,4 +1,5 @@
 """Tokens to loss: layers, head, and what a trained model does.
 
-The order: precision, dropout, layers, heads, language_model, prompt, generate, evaluate.
+The order: precision, random_bits, dropout_kernels, dropout_triton, dropout, layers, heads, language_model, prompt,
+generate, evaluate.
 """

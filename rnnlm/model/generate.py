@@ -18,10 +18,10 @@ from torch import Tensor
 from rnnlm.config import GenerateConfig
 from rnnlm.data.tokenizer import Tokenizer
 from rnnlm.errors import UserError
-from rnnlm.model.dropout import hashed_bits, mix
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.model.layers import Hidden
 from rnnlm.model.prompt import Prompt, piece_table
+from rnnlm.model.random_bits import hashed_bits, mix
 
 PLACE = 0x67656E  # in place of a place in the network, whose numbers are hashes: keeps draws apart from masks
 

@@ -6,7 +6,7 @@ A layer declares the states that it carries from window to window, takes them an
 training step and the checkpoint handle them by that declaration alone. Nothing is ever written in place: the states of
 the window before may still be needed. One class serves LSTM, GRU and tanh RNN: PyTorch's own kernels (cuDNN on GPUs)
 under names that say which gates and states they have. It casts its own weights to the precision that autocast asks for,
-because autocast itself would run cuDNN's LSTM in fp16 whatever it was asked; the price is that cast at every step.
+because autocast itself would run cuDNN's LSTM in fp16 whatever it was asked; the price is that cast at every update.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rnnlm.config import CELLS, ModelConfig
 from rnnlm.model.dropout import dropout, place_number
-from rnnlm.model.precision import compute_dtype
+from rnnlm.model.precision import compute_dtype, made_once
 
 Hidden = dict[str, Tensor]
 """The recurrent state of a model: "layer0.h", "layer0.c", "layer1.h", ...: each (B, ...). Row b is substream b's."""
@@ -155,7 +155,7 @@ class RecurrentLayer(Layer):
     def forward(self, x: Tensor, states: Sequence[Tensor], context: Context) -> tuple[Tensor, list[Tensor]]:
         """One call of the kernel; where rows reset within the window, one for each stretch between."""
         dtype = compute_dtype(self.weight_hh)
-        weights = self._weights(dtype)
+        weights = made_once(self, dtype, lambda: self._weights(dtype))
         x = x.to(dtype)
         if context.resets is None:
             return self._run(x, states, weights)
@@ -184,7 +184,7 @@ class RecurrentLayer(Layer):
         return out, [state[0].to(states[0].dtype) for state in last]
 
     def _weights(self, dtype: torch.dtype) -> list[Tensor]:
-        """W, U, b, d in the precision asked for; on GPUs in one block, as cuDNN wants them at every call."""
+        """W, U, b, d in the precision asked for; on GPUs in one block, as cuDNN wants them."""
         weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         if not self.weight_hh.is_cuda:
             return [weight.to(dtype) for weight in weights]

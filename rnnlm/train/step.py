@@ -20,6 +20,7 @@ from rnnlm.data.substreams import Batch
 from rnnlm.errors import UserError
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.model.layers import Hidden
+from rnnlm.model.precision import cast_once
 from rnnlm.train.distributed import Accelerator, errors_are_shared, fill_on_main
 from rnnlm.train.guard import Guard
 from rnnlm.train.interval_loss import IntervalLoss
@@ -79,6 +80,7 @@ class TrainStep:
         train = self.config.train
         return train.exact_slices // self.accelerator.num_processes if train.exact_slices else train.accumulation
 
+    @cast_once()  # the weights change at its end
     def run(self, batch: Batch, epoch_begins: bool, rate: float) -> None:
         """Forward, backward, clip, update.
 

@@ -18,6 +18,8 @@ from rnnlm.config import Config, as_list
 from rnnlm.data.substreams import Batch, ContinuityCheck, SubstreamDataset, loader
 from rnnlm.model.evaluate import exp
 from rnnlm.model.generate import continuations
+from rnnlm.model.layers import GATES
+from rnnlm.model.precision import cudnn_version, slow_recurrence
 from rnnlm.train.distributed import (
     Accelerator,
     AnyRank,
@@ -256,7 +258,8 @@ class Trainer:
 
         processes, device = self.accelerator.num_processes, self.accelerator.device
         record = {"step": self.step, "total_steps": self.total_steps, "processes": processes, "ranks": ranks}
-        figures = {"device": device.type, "threads": torch.get_num_threads(), "parameters": counts}
+        software = {"threads": torch.get_num_threads(), "cudnn": cudnn_version()}
+        figures = {"device": device.type, **software, "parameters": counts}
         metrics.write("start", {**record, **figures, "versions": versions(self.config, device)})
         return metrics
 
@@ -281,6 +284,10 @@ class Trainer:
         launcher = command_of(os.getppid())
         if warning := short_shutdown(config.run.grace_seconds, torch.__version__, os.environ, launcher):
             metrics.print_line(warning)
+        if device.type == "cuda" and config.model.cell in GATES:
+            capability = torch.cuda.get_device_capability(device)
+            if warning := slow_recurrence(config.train.precision, cudnn_version(), capability):
+                metrics.print_line(warning)
         if self.step:
             metrics.print_line(f"resuming from step {self.step} of {self.total_steps}")
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from rnnlm.config import ModelConfig
-from rnnlm.model.dropout import dropout, hashed_bits, mix, place_number
+from rnnlm.model.dropout import dropout, place_number
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.model.layers import Context
+from rnnlm.model.random_bits import hashed_bits, mix
 
 
 def test_hash_is_pinned() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from rnnlm.config import ModelConfig
 from rnnlm.model.layers import STATES, Context, RecurrentLayer, named_generator
+from rnnlm.model.precision import cast, cast_once, slow_recurrence
 
 CELLS = ("lstm", "gru", "rnn")
 
@@ -82,6 +83,47 @@ def test_autocast_really_runs_in_bf16_and_returns_fp32_states_that_lose_nothing(
     assert layer.weight_hh.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_weights_are_cast_once_for_all_micro_batches_of_an_update_with_the_same_gradients(cell: str) -> None:
+    layer, draw = layer_of(cell).float(), torch.Generator().manual_seed(1)
+    windows = torch.randn(3, 6, 2, 5, generator=draw)
+    states = [torch.zeros(2, 7) for _ in STATES[cell]]
+
+    def gradients() -> list[torch.Tensor]:
+        """Of three micro-batches, summed in fp32."""
+        layer.zero_grad()
+        for x in windows:
+            with torch.autocast("cpu", torch.bfloat16):
+                layer(x, states, Context())[0].float().square().sum().backward()
+        return [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
+
+    each = gradients()
+
+    with cast_once():
+        narrow = [cast(weight, torch.bfloat16) for weight in layer.parameters()]
+        assert all(
+            cast(weight, torch.bfloat16) is found for weight, found in zip(layer.parameters(), narrow, strict=True)
+        )
+        once = gradients()
+    assert len(once) == len(each) == 4 and all(map(torch.equal, once, each))
+
+    with torch.no_grad():
+        layer.weight_hh += 1
+    with cast_once():
+        assert torch.equal(cast(layer.weight_hh, torch.bfloat16), layer.weight_hh.bfloat16())
+        assert cast(layer.weight_hh, torch.float32) is layer.weight_hh
+
+
+def test_a_layer_keeps_its_copies_until_the_update_is_over() -> None:
+    layer, x, states = layer_of("gru").float(), torch.ones(2, 3, 5), [torch.zeros(3, 7)]
+    with torch.autocast("cpu", torch.bfloat16):
+        with cast_once():
+            before = layer(x, states, Context())[0]
+            layer.weight_ih.data.zero_()
+            assert torch.equal(layer(x, states, Context())[0], before)
+        assert not torch.equal(layer(x, states, Context())[0], before)
+
+
 def test_initialisation_by_name() -> None:
     layer = RecurrentLayer("lstm", 5, 7)
     layer.initialise(ModelConfig(init="orthogonal", forget_bias=1.5), partial(named_generator, 3))
@@ -128,3 +170,24 @@ def test_nothing_is_written_in_place() -> None:
         states = [torch.ones(3, 7, dtype=torch.float64) for _ in STATES[cell]]
         layer(torch.ones(4, 3, 5, dtype=torch.float64), states, Context())
         assert all(torch.equal(state, torch.ones_like(state)) for state in states)
+
+
+@pytest.mark.parametrize(
+    ("precision", "cudnn", "capability", "found"),
+    [
+        ("bf16", 91300, (8, 0), ""),
+        ("bf16", 91402, (12, 0), ""),
+        ("fp16", 8902, (7, 0), ""),
+        ("fp32", 91002, (9, 0), ""),
+        ("bf16", 91299, (9, 0), "cuDNN 9.12.99 with compute capability 9.0"),
+        ("bf16", 91002, (10, 3), "fp16 or fp32, or a newer cuDNN"),
+        ("bf16", 8902, (9, 0), "cuDNN 8.9.2 with"),
+        ("bf16", 91400, (7, 5), "fp16 or fp32, which this GPU has kernels for"),
+        ("fp32", None, (9, 0), "PyTorch has no cuDNN here"),
+    ],
+)
+def test_a_precision_that_leaves_cudnn_is_told_with_the_way_out(
+    precision: str, cudnn: int | None, capability: tuple[int, int], found: str
+) -> None:
+    text = slow_recurrence(precision, cudnn, capability)
+    assert found in text if found else not text

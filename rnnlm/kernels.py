@@ -1,4 +1,4 @@
-"""Compiling: the two decorators of kernels, and the directory that keeps what was compiled.
+"""Compiling: the decorators of kernels, and the directory that keeps what was compiled.
 
 numba compiles a kernel when it is first called, seconds each, and keeps the result on disk for all later processes. It
 compares the source of the kernel's own module alone; so the directory is named by a digest of all modules of kernels,
@@ -24,12 +24,14 @@ compile_with: Any = numba.njit
 Function = TypeVar("Function", bound=Callable[..., Any])
 SOURCES = (
     "kernels",
-    "word_keys",
-    "word_table",
-    "known_words",
-    "bpe_kernels",
-    "byte_level_kernels",
-)  # modules with code that is compiled
+    "data/word_keys",
+    "data/word_table",
+    "data/known_words",
+    "data/bpe_kernels",
+    "data/byte_level_kernels",
+    "model/random_bits",
+    "model/dropout_kernels",
+)  # modules with code that is compiled, and with constants that are compiled into it
 
 
 def inlined(function: Function) -> Function:
@@ -40,10 +42,19 @@ def inlined(function: Function) -> Function:
 
 def kernel(function: Function) -> Function:
     """A compiled function, which checks no bounds."""
+    return _compiled(function)
+
+
+def unlocked_kernel(function: Function) -> Function:
+    """The same, without Python's lock: threads may run it side by side."""
+    return _compiled(function, nogil=True)
+
+
+def _compiled(function: Function, **options: bool) -> Function:
     before = settings.CACHE_DIR
     try:
         settings.CACHE_DIR = CACHE  # numba reads it here, and never again for this function
-        made: Function = compile_with(cache=bool(CACHE), boundscheck=False, error_model="numpy")(function)
+        made: Function = compile_with(cache=bool(CACHE), boundscheck=False, error_model="numpy", **options)(function)
     finally:
         settings.CACHE_DIR = before
     return made

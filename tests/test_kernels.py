@@ -12,18 +12,19 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment
 
-from rnnlm.data import kernels
-from rnnlm.data.kernels import SOURCES, cache_directory
+from rnnlm import kernels
 from rnnlm.data.tokenizer import Tokenizer
+from rnnlm.kernels import SOURCES, cache_directory
 
 
 @pytest.fixture
 def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package that cannot be written to, of a user without a home; its temporary directory is tmp_path/tmp."""
     package = tmp_path / "package"
-    package.mkdir()
     for name in SOURCES:
-        shutil.copy(ROOT / f"rnnlm/data/{name}.py", package)
+        source = package / f"{name}.py"
+        source.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / f"rnnlm/{name}.py", source)
     (package / "__pycache__").write_text("a file: the tests' user may write to every directory")
     (tmp_path / "home").write_text("another")
     (tmp_path / "tmp").mkdir()
@@ -52,18 +53,18 @@ def test_a_read_only_installation_keeps_compiled_code_in_the_users_own_temporary
 def test_an_edited_helper_finds_no_compiled_code(installation: Path) -> None:
     before = cache_directory(installation)
     assert cache_directory(installation) == before
-    with (installation / "word_keys.py").open("a") as file:
+    with (installation / "data/word_keys.py").open("a") as file:
         file.write("# edited\n")
     assert cache_directory(installation) not in (before, "")
 
 
 def test_every_module_with_compiled_code_is_a_source() -> None:
     with_code = [
-        path.stem
+        path.relative_to(ROOT / "rnnlm").with_suffix("").as_posix()
         for path in sorted((ROOT / "rnnlm").rglob("*.py"))
-        if any(line in ("@kernel", "@inlined") for line in path.read_text().splitlines())
+        if any(line in ("@kernel", "@unlocked_kernel", "@inlined") for line in path.read_text().splitlines())
     ]
-    assert sorted({*with_code, "kernels"}) == sorted(SOURCES)
+    assert sorted({*with_code, "kernels", "model/random_bits"}) == sorted(SOURCES)
 
 
 def run_python(directory: Path, code: str, **extra: str) -> str:
@@ -79,7 +80,7 @@ def run_python(directory: Path, code: str, **extra: str) -> str:
 @pytest.mark.parametrize("temporary", ["tmp", "nowhere"])
 def test_a_read_only_installation_encodes(tmp_path: Path, temporary: str, tokenizer: Tokenizer) -> None:
     shutil.copytree(ROOT / "rnnlm", tmp_path / "rnnlm", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "rnnlm/data/__pycache__").write_text("")
+    (tmp_path / "rnnlm/__pycache__").write_text("")
     (tmp_path / "home").write_text("")
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
 
@@ -90,7 +91,7 @@ def test_a_read_only_installation_encodes(tmp_path: Path, temporary: str, tokeni
         "from rnnlm.data.tokenizer import Tokenizer\n"
         f"tokenizer = Tokenizer.load({str(tmp_path / 'tokenizer.model')!r})\n"
         "assert Encoder(tokenizer).encode([b'anna sees'])[0].tolist() == [*tokenizer.encode('anna sees'), 1]\n"
-        "from rnnlm.data.kernels import CACHE; print(CACHE)\n"
+        "from rnnlm.kernels import CACHE; print(CACHE)\n"
     )
 
     (tmp_path / "tmp").mkdir()
