@@ -23,8 +23,10 @@ Groups = list[dict[str, Any]]
 
 
 def decay_groups(model: nn.Module, config: OptimConfig) -> Groups:
-    """PyTorch's parameter groups: weight decay applies to matrices, not to biases."""
+    """PyTorch's parameter groups: weight decay applies to matrices, not to biases; without it one group is faster."""
     parameters = list(model.parameters())
+    if not config.weight_decay:
+        return [{"params": parameters, "weight_decay": 0.0}]
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -117,6 +119,20 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, config
             )
         tensors |= {f"{name}.{key}": value for key, value in kept.items()}
     return tensors
+
+
+def clip(gradients: list[Tensor], largest: float) -> Tensor:
+    """Scale the gradients down to this norm over all of them (Pascanu et al. 2013), in place; 0: leave them alone.
+
+    The bits are those of torch.nn.utils.clip_grad_norm_, which looks at every tensor in Python.
+
+    Returns:
+        () their norm before; where it is not finite, so are they now.
+    """
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if largest:
+        torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp_(max=1.0))
+    return norm
 
 
 def skip_next_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
