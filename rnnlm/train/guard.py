@@ -96,6 +96,10 @@ class Guard:
             )
         return int(skipped)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a step changes here."""
+        return {"health.counts": self.counts, "health.resets": self.resets, "health.losses": self._ring}
+
     def to_dict(self, resets: int) -> dict[str, Any]:
         """For the checkpoint, with the resets of all processes."""
         return {"counts": self.counts.tolist(), "resets": resets, "losses": self.losses.tolist()}

@@ -7,7 +7,9 @@ of its batch, its learning rate and what `tensors` and `counts` hold: these are 
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from rnnlm.data.substreams import Batch
 from rnnlm.errors import UserError
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.model.layers import Hidden
+from rnnlm.train.capture import NotCapturedError, Step, capture, record_cuda_graph
 from rnnlm.train.distributed import Accelerator, errors_are_shared, fill_on_main
 from rnnlm.train.guard import Guard
 from rnnlm.train.interval_loss import IntervalLoss
@@ -50,7 +53,6 @@ class TrainStep:
         with errors_are_shared():
             _check_states(self.raw)
             self.raw_optimizer = build_optimizer(self.raw, config.optim)
-        self.model = accelerator.prepare(self.raw)  # not the optimizer, whose wrapper adds only time
         self.parameters = list(self.raw.parameters())
 
         device = accelerator.device
@@ -63,14 +65,22 @@ class TrainStep:
         self.interval, self.guard = IntervalLoss(device), Guard(device)
         self.gradient_norm = torch.zeros((), device=device)
         self.rate = 0.0  # the last step's learning rate
-        self._lay_out_buckets()
+        self._prepare()
 
-    def _lay_out_buckets(self) -> None:
-        """Let DDP lay out its buckets, which it does after the first backward pass, before the first step.
+        graph = device.type == "cuda" and config.train.capture == "auto"
+        self.record = record_cuda_graph if graph else None  # how steps are recorded; None: each runs by itself
+        self._take: Step | None = None  # a step, or its replay: chosen when there is a batch
+        # of its own for batches that arrive
+        self._arrival = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def _prepare(self) -> None:
+        """Wrap the model, not the optimizer, whose wrapper adds only time; and let DDP lay out its buckets, which it
+        does after the first backward pass, before the first step.
 
         Otherwise the first step of every attempt would sum its gradients in another order than the same step of an
         uninterrupted run; from three processes on the bits would differ.
         """
+        self.model = self.accelerator.prepare(self.raw)
         token = torch.zeros((1, 1), dtype=torch.int64, device=self.rows.device)
         loss, _, _ = self.model(token, self.zero, token, token[0, 0], self.rows[:1])
         loss.backward()
@@ -89,18 +99,64 @@ class TrainStep:
             epoch_begins: whether this is the first step of an epoch; hidden states then start from zero.
             rate: the learning rate.
         """
+        if self._take is None:
+            self._take = self._captured(batch, rate) if self.record else self._execute
         self._load(batch, epoch_begins, rate)
-        self._execute()
+        self._take()
+
+    def _captured(self, batch: Batch, rate: float) -> Step:
+        """A replay of the step, or after a warning the step itself."""
+        assert self.record
+        other = Batch(batch.step + 1, batch.tokens.flip(0), batch.lengths.flip(0), batch.positions)
+        inputs = [partial(self._load, batch, True, rate), partial(self._load, other, False, (rate or 1.0) / 2)]
+        try:
+            return capture(self._execute, inputs, self._changing(), self.record)
+        except NotCapturedError as error:
+            if self.accelerator.is_main_process:
+                print(f"warning: train.capture: no CUDA graph, {error}; each kernel is started", file=sys.stderr)
+
+        # what was recorded halfway has left gradients, and DDP waiting for more of them
+        self._drop_gradients()
+        if self.accelerator.num_processes > 1:
+            self.model = self.raw
+            self.accelerator.free_memory()
+            self.raw.__dict__.pop("forward", None)  # Accelerate's, which would be wrapped again
+            self._prepare()
+        return self._execute
+
+    def _changing(self) -> dict[str, Tensor]:
+        """All that a step changes, by name."""
+        states = optimizer_tensors(self.raw, self.raw_optimizer, self.config.optim)
+        found = {**dict(self.raw.named_parameters()), **{f"optimizer.{name}": each for name, each in states.items()}}
+        found |= {f"hidden.{name}": state for name, state in self.hidden.items()}
+        found |= {"gradient_norm": self.gradient_norm, "interval": self.interval.sums, **self.guard.tensors()}
+        if scaler := self.accelerator.scaler:
+            scaler.scale(self.gradient_norm)  # makes its tensors, if they are not there
+            found |= {"scaler.scale": scaler._scale, "scaler.growth": scaler._growth_tracker}
+        return found
 
     def _load(self, batch: Batch, epoch_begins: bool, rate: float) -> None:
         """Fill in what a step reads, where it always lies."""
-        torch._foreach_copy_([self.inputs, self.targets], batch.to(self.rows.device))
+        torch._foreach_copy_([self.inputs, self.targets], self._arrived(batch))
         self.step.fill_(batch.step)  # filled on the device: no copy to wait for
         set_learning_rate(self.raw_optimizer, rate)
         self.rate = rate
         if epoch_begins:
             for name, state in self.hidden.items():
                 state.copy_(self.zero[name])
+
+    def _arrived(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Inputs and targets on the device; to a GPU they travel while the step before still computes."""
+        if self._arrival is None:
+            return batch.to(self.rows.device)
+        with torch.cuda.stream(self._arrival):
+            found = batch.to(self.rows.device)
+
+        here = torch.cuda.current_stream()
+        here.wait_stream(self._arrival)
+        for tensor in found:
+            tensor.record_stream(here)  # else its memory might be given away too early
+        return found
 
     def _execute(self) -> None:
         """The step itself: on tensors alone, which it changes where they lie."""
