@@ -27,7 +27,7 @@ PIECES = 11
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "fp32": {},
     "bf16, dropout": {"train": {"precision": "bf16"}, "model": {"dropout": 0.5, "cell": "gru"}},
-    "micro-batches, spikes": {"train": {"accumulation": 2, "skip_spikes_sigmas": 0.5}},
+    "micro-batches, spikes": {"train": {"accumulation": 2, "skip_spikes_sigmas": 0.3}},
     "slices, sgd": {"train": {"exact_slices": 4}, "optim": {"name": "sgd", "momentum": 0.9, "learning_rate": 0.1}},
     "adamw, decay": {"optim": {"name": "adamw", "weight_decay": 0.1, "clip_norm": 0.0}},
 }
@@ -46,7 +46,7 @@ def started(config: Config, scaled: bool = False) -> TrainStep:
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=2)
     step = TrainStep(config, PIECES, accelerator, 0, config.train.global_batch_size)
     step.raw.head.weight.data *= 2.0**9 if scaled else 1.0  # type: ignore[operator]
-    step.guard.restore([0, 0, 100], [2.4, 2.3] * 64, 0)  # losses from which some of the next are spikes, if one asks
+    step.guard.restore([0, 0, 100], [2.45, 2.3] * 64, 0)  # losses from which some of the next are spikes, if one asks
     return step
 
 
@@ -98,8 +98,7 @@ def test_the_trial_changes_no_bit_of_the_steps_that_count(
     assert len(replays) == 2 + 7, "two of the trial, then every step that counts"
     assert not capsys.readouterr().err
     assert all(key in plain for key in ("interval", "health.counts", "health.resets", "health.losses", "gradient_norm"))
-    skipped = int(plain["health.counts"][0])
-    assert 0 < skipped < 7 if scaled or "spikes" in str(options) else skipped == 0
+    assert bool(plain["health.counts"][0]) == (scaled or "spikes" in str(options))
 
 
 def frozen_rate(step: TrainStep) -> Callable[[Step], Step]:
