@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 from small_runs import small_config
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from rnnlm.config import HEADS
@@ -37,9 +38,11 @@ class Device(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(function, "__name__", "")
         if function == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return True
-        if name == "backward":  # else hooks and backward passes would run without this mode
+        if name == "backward":  # what it calls would otherwise run without this mode
             with self:
-                return torch.autograd.backward(args[0], kwargs["gradient"])
+                return _engine_run_backward(
+                    args, (kwargs["gradient"],), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
         to_host = name == "to" and any(
             isinstance(each, str) and each == "cpu" for each in [*args[1:], *kwargs.values()]
         )
