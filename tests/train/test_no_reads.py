@@ -43,6 +43,7 @@ class Device(TorchFunctionMode):
                 return _engine_run_backward(
                     args, (kwargs["gradient"],), False, False, (), allow_unreachable=True, accumulate_grad=True
                 )
+
         to_host = name == "to" and any(
             isinstance(each, str) and each == "cpu" for each in [*args[1:], *kwargs.values()]
         )
