@@ -230,6 +230,9 @@ class TrainConfig:
     """auto: GPUs where there are any."""
     cpu_threads: int = knob(0, at_least=0, changeable=True)
     """Threads per process on a CPU; 0: cores divided by processes."""
+    capture: Literal["auto", "off"] = knob("auto", changeable=True)
+    """auto: on a GPU all kernels of a step are started at once, as a CUDA graph, where a trial at the start gives the
+    same bits; off: one by one."""
     deterministic: bool = knob(False, changeable=True)
     """Only GPU kernels that give the same bits every time; slower."""
     prefetch_threads: int = knob(1, at_least=0, changeable=True)

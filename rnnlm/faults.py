@@ -71,9 +71,6 @@ def _slice_faults(config: Config) -> list[str]:
             )
         if train.accumulation > 1:
             found.append(f"train.accumulation={train.accumulation}: slices are micro-batches; use 1 with {slices}")
-
-    if train.skip_spikes_sigmas and train.precision == "fp16":
-        found.append("train.skip_spikes_sigmas: not in fp16, whose own scaling skips; use bf16 or fp32")
     return found
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import (
+    AutocastKwargs,
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     broadcast_object_list,
@@ -114,10 +115,14 @@ def start_accelerator(config: Config) -> Accelerator:
         dynamo_backend="no",
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            AutocastKwargs(cache_enabled=not cuda),  # a cached tensor would outlive the CUDA graph that made it
             # twice the watchdog's time, which reports more
             InitProcessGroupKwargs(timeout=timedelta(minutes=2 * config.run.timeout_minutes or 24 * 60)),
         ],
     )
+    if cuda:
+        # the default one cannot be recorded, as capture.py does
+        torch.cuda.set_stream(torch.cuda.Stream(accelerator.device))  # type: ignore[no-untyped-call]
     accelerator.gradient_accumulation_steps = 1  # whatever the environment says: a step scales its own loss
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))

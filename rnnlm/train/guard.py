@@ -25,7 +25,8 @@ class Guard:
     def __init__(self, device: torch.device):
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # steps skipped, of these in a row, losses seen
         self.resets = torch.zeros((), dtype=torch.int64, device=device)  # of substreams of this process
-        self.losses = torch.zeros(SPIKE_WINDOW, dtype=torch.float64, device=device)  # the last ones, in a ring
+        ring = torch.zeros(SPIKE_WINDOW + 1, dtype=torch.float64, device=device)
+        self._ring, self.losses = ring, ring[:SPIKE_WINDOW]  # the last ones; behind them, a place for what is no number
 
     def reset_rows(self, hidden: Mapping[str, Tensor], zero: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The states with their first value in every row in which one of them is not finite.
@@ -40,7 +41,7 @@ class Guard:
 
         # sums over each row: a third of the time of asking every number
         sums = torch.stack([state.sum(dim=1, dtype=torch.float32) for state in floating])  # (states, B)
-        finite = torch.isfinite(sums).all(dim=0)  # (B,)
+        finite = sums.abs().amax(dim=0) < torch.inf  # (B,), false for NaN
         self.resets += (~finite).sum()
         return {
             name: torch.where(finite.view(-1, *[1] * (state.dim() - 1)), state, zero[name])
@@ -55,14 +56,14 @@ class Guard:
             mean_loss: () of this step over all processes; a spike if more than `sigmas` standard deviations above the
                 mean of the last 128. Every finite loss is remembered, so that a lasting change is soon accepted.
         """
-        skip = ~torch.isfinite(gradient_norm)
+        skip = ~(gradient_norm < torch.inf)  # true for NaN
         if mean_loss is not None:
             finite = torch.isfinite(mean_loss)
             skip |= finite & self._is_spike(mean_loss, sigmas)
             self._remember(mean_loss, finite)
 
-        self.counts[0] += skip
-        self.counts[1] = torch.where(skip, self.counts[1] + 1, 0)
+        self.counts[:2] += skip
+        self.counts[1] *= skip
         return skip
 
     def _is_spike(self, mean_loss: Tensor, sigmas: float) -> Tensor:
@@ -77,8 +78,7 @@ class Guard:
     def _remember(self, mean_loss: Tensor, finite: Tensor) -> None:
         """Put a loss () into the ring; one that is not finite into a place beyond its end, without a branch."""
         place = torch.where(finite, self.counts[2] % SPIKE_WINDOW, SPIKE_WINDOW)
-        extended = torch.cat([self.losses, self.losses.new_zeros(1)])
-        self.losses = extended.index_copy(0, place[None], mean_loss.double()[None])[:SPIKE_WINDOW]
+        self._ring.index_copy_(0, place[None], mean_loss.double()[None])
         self.counts[2] += finite
 
     def check(self, limit: int) -> int:
@@ -95,6 +95,10 @@ class Guard:
                 "optim.clip_norm, or use bf16 or fp32, and resume from the last checkpoint"
             )
         return int(skipped)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a step changes here."""
+        return {"health.counts": self.counts, "health.resets": self.resets, "health.losses": self._ring}
 
     def to_dict(self, resets: int) -> dict[str, Any]:
         """For the checkpoint, with the resets of all processes."""

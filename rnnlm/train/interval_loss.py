@@ -19,11 +19,26 @@ class IntervalLoss:
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(3, dtype=torch.int64, device=device)
 
-    def add(self, loss: torch.Tensor, count: torch.Tensor) -> None:
-        """Add one micro-batch: () summed loss in nats, () number of targets."""
-        finite = loss.abs() < LARGEST  # false for NaN
-        fixed = (torch.where(finite, loss, 0.0).double() * FIXED_POINT).round().long()
-        self.sums += torch.stack([fixed, count, (~finite).long()])
+    def add(self, losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Add the M micro-batches of a step.
+
+        Args:
+            losses: (M,) the summed loss of each in nats.
+            counts: (M,) int64, its number of targets.
+
+        Returns:
+            (3,) int64, what was added.
+        """
+        fixed = losses.double() * FIXED_POINT
+        wrong = ~(fixed.abs() < LARGEST * FIXED_POINT)  # true for NaN
+        fixed = fixed.masked_fill_(wrong, 0.0).round_().long()
+        added = torch.stack([fixed, counts, wrong]).sum(dim=1)
+        self.sums += added
+        return added
+
+    def clear(self) -> None:
+        """Begin an interval, in the same memory."""
+        self.sums.zero_()
 
     def restore(self, sums: list[int]) -> None:
         """Start from sums that a checkpoint holds."""

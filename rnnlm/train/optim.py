@@ -23,8 +23,10 @@ Groups = list[dict[str, Any]]
 
 
 def decay_groups(model: nn.Module, config: OptimConfig) -> Groups:
-    """PyTorch's parameter groups: weight decay applies to matrices, not to biases."""
+    """PyTorch's parameter groups: weight decay applies to matrices, not to biases; without it one group is faster."""
     parameters = list(model.parameters())
+    if not config.weight_decay:
+        return [{"params": parameters, "weight_decay": 0.0}]
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -56,6 +58,12 @@ def register_optimizer(name: str, kind: OptimizerKind) -> None:
         OPTIMIZERS.append(name)
 
 
+def _rate(groups: Groups, config: OptimConfig) -> float | Tensor:
+    """The learning rate; on a GPU a tensor, () fp32, since a CUDA graph keeps a number for ever."""
+    device = groups[0]["params"][0].device
+    return torch.tensor(config.learning_rate, device=device) if device.type == "cuda" else config.learning_rate
+
+
 def _adam_state(parameter: Tensor, config: OptimConfig) -> dict[str, Tensor]:
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)  # where the fused kernels keep it
     return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
@@ -63,7 +71,8 @@ def _adam_state(parameter: Tensor, config: OptimConfig) -> dict[str, Tensor]:
 
 def _build_adam(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return kind(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    rate, betas = _rate(groups, config), (config.beta1, config.beta2)
+    return kind(groups, lr=rate, betas=betas, eps=config.eps, fused=True, capturable=isinstance(rate, Tensor))
 
 
 def _sgd_state(parameter: Tensor, config: OptimConfig) -> dict[str, Tensor]:
@@ -71,7 +80,7 @@ def _sgd_state(parameter: Tensor, config: OptimConfig) -> dict[str, Tensor]:
 
 
 def _build_sgd(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+    return torch.optim.SGD(groups, lr=_rate(groups, config), momentum=config.momentum, fused=True)
 
 
 register_optimizer("adam", OptimizerKind(_build_adam, _adam_state))
@@ -119,12 +128,29 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, config
     return tensors
 
 
+def clip(gradients: list[Tensor], largest: float) -> Tensor:
+    """Scale the gradients down to this norm over all of them (Pascanu et al. 2013), in place; 0: leave them alone.
+
+    The bits are those of torch.nn.utils.clip_grad_norm_, which looks at every tensor in Python.
+
+    Returns:
+        () their norm before; where it is not finite, so are they now.
+    """
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if largest:
+        torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp_(max=1.0))
+    return norm
+
+
 def skip_next_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
     """Let the next step change nothing where `skip`, () bool on the device, is true."""
     optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate of the next step, in all groups."""
+    """The rate of the next step, in all groups; a tensor stays where it is, since a CUDA graph reads it there."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -7,7 +7,9 @@ of its batch, its learning rate and what `tensors` and `counts` hold: these are 
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +23,11 @@ from rnnlm.errors import UserError
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.model.layers import Hidden
 from rnnlm.model.precision import cast_once
+from rnnlm.train.capture import NotCapturedError, Step, capture, record_cuda_graph
 from rnnlm.train.distributed import Accelerator, errors_are_shared, fill_on_main
 from rnnlm.train.guard import Guard
 from rnnlm.train.interval_loss import IntervalLoss
-from rnnlm.train.optim import build_optimizer, optimizer_tensors, set_learning_rate, skip_next_step
+from rnnlm.train.optim import build_optimizer, clip, optimizer_tensors, set_learning_rate, skip_next_step
 from rnnlm.train.state import TrainerState
 from rnnlm.train.tree_sum import TreeSum
 
@@ -51,28 +54,38 @@ class TrainStep:
         with errors_are_shared():
             _check_states(self.raw)
             self.raw_optimizer = build_optimizer(self.raw, config.optim)
-        # the optimizer's state is where it belongs: to place it would cast it to the parameters' dtype
-        prepared = accelerator.prepare(self.raw, self.raw_optimizer, device_placement=[True, False])
-        self.model, self.optimizer = prepared
+        self.parameters = list(self.raw.parameters())
 
-        self.rows = torch.arange(first, last, device=accelerator.device)
+        device = accelerator.device
+        self.rows = torch.arange(first, last, device=device)
+        window = torch.zeros((last - first, config.train.seq_len), dtype=torch.int64, device=device)
+        self.inputs, self.targets = window, window.clone()
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.zero = self.raw.zero_hidden(1)  # a row's state before the first token
         self.hidden: Hidden = self.raw.zero_hidden(last - first)
-        self.interval, self.guard = IntervalLoss(accelerator.device), Guard(accelerator.device)
-        self.gradient_norm = torch.zeros((), device=accelerator.device)
+        self.interval, self.guard = IntervalLoss(device), Guard(device)
+        self.gradient_norm = torch.zeros((), device=device)
         self.rate = 0.0  # the last step's learning rate
-        self._lay_out_buckets()
+        self._prepare()
 
-    def _lay_out_buckets(self) -> None:
-        """Let DDP lay out its buckets, which it does after the first backward pass, before the first step.
+        graph = device.type == "cuda" and config.train.capture == "auto"
+        self.record = record_cuda_graph if graph else None  # how steps are recorded; None: each runs by itself
+        self._take: Step | None = None  # a step, or its replay: chosen when there is a batch
+        # of its own for batches that arrive
+        self._arrival = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def _prepare(self) -> None:
+        """Wrap the model, not the optimizer, whose wrapper adds only time; and let DDP lay out its buckets, which it
+        does after the first backward pass, before the first step.
 
         Otherwise the first step of every attempt would sum its gradients in another order than the same step of an
         uninterrupted run; from three processes on the bits would differ.
         """
+        self.model = self.accelerator.prepare(self.raw)
         token = torch.zeros((1, 1), dtype=torch.int64, device=self.rows.device)
         loss, _, _ = self.model(token, self.zero, token, token[0, 0], self.rows[:1])
         loss.backward()
-        self.raw_optimizer.zero_grad()
+        self._drop_gradients()
 
     @property
     def micro_batches(self) -> int:
@@ -80,7 +93,6 @@ class TrainStep:
         train = self.config.train
         return train.exact_slices // self.accelerator.num_processes if train.exact_slices else train.accumulation
 
-    @cast_once()  # the weights change at its end
     def run(self, batch: Batch, epoch_begins: bool, rate: float) -> None:
         """Forward, backward, clip, update.
 
@@ -88,75 +100,139 @@ class TrainStep:
             epoch_begins: whether this is the first step of an epoch; hidden states then start from zero.
             rate: the learning rate.
         """
-        inputs, targets = batch.to(self.rows.device)  # (B, T) each
-        step = torch.full((), batch.step, device=self.rows.device)  # int64, filled on the device: no copy to wait for
-        if epoch_begins:
-            self.hidden = self.raw.zero_hidden(self.last - self.first)
-        before = self.interval.sums.clone()
+        if self._take is None:
+            self._take = self._captured(batch, rate) if self.record else self._execute
+        self._load(batch, epoch_begins, rate)
+        self._take()
 
+    def _captured(self, batch: Batch, rate: float) -> Step:
+        """A replay of the step, or after a warning the step itself."""
+        assert self.record
+        other = Batch(batch.step + 1, batch.tokens.flip(0), batch.lengths.flip(0), batch.positions)
+        inputs = [partial(self._load, batch, True, rate), partial(self._load, other, False, (rate or 1.0) / 2)]
+        try:
+            return capture(self._execute, inputs, self._changing(), self.record)
+        except NotCapturedError as error:
+            if self.accelerator.is_main_process:
+                print(f"warning: train.capture: no CUDA graph, {error}; each kernel is started", file=sys.stderr)
+
+        # what was recorded halfway has left gradients, and DDP waiting for more of them
+        self._drop_gradients()
+        if self.accelerator.num_processes > 1:
+            self.model = self.raw
+            self.accelerator.free_memory()
+            self.raw.__dict__.pop("forward", None)  # Accelerate's, which would be wrapped again
+            self._prepare()
+        return self._execute
+
+    def _changing(self) -> dict[str, Tensor]:
+        """All that a step changes, by name."""
+        states = optimizer_tensors(self.raw, self.raw_optimizer, self.config.optim)
+        found = {**dict(self.raw.named_parameters()), **{f"optimizer.{name}": each for name, each in states.items()}}
+        found |= {f"hidden.{name}": state for name, state in self.hidden.items()}
+        found |= {"gradient_norm": self.gradient_norm, "interval": self.interval.sums, **self.guard.tensors()}
+        if scaler := self.accelerator.scaler:
+            scaler.scale(self.gradient_norm)  # makes its tensors, if they are not there
+            found |= {"scaler.scale": scaler._scale, "scaler.growth": scaler._growth_tracker}
+        return found
+
+    def _load(self, batch: Batch, epoch_begins: bool, rate: float) -> None:
+        """Fill in what a step reads, where it always lies."""
+        torch._foreach_copy_([self.inputs, self.targets], self._arrived(batch))
+        self.step.fill_(batch.step)  # filled on the device: no copy to wait for
+        set_learning_rate(self.raw_optimizer, rate)
+        self.rate = rate
+        if epoch_begins:
+            for name, state in self.hidden.items():
+                state.copy_(self.zero[name])
+
+    def _arrived(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Inputs and targets on the device; to a GPU they travel while the step before still computes."""
+        if self._arrival is None:
+            return batch.to(self.rows.device)
+        with torch.cuda.stream(self._arrival):
+            found = batch.to(self.rows.device)
+
+        here = torch.cuda.current_stream()
+        here.wait_stream(self._arrival)
+        for tensor in found:
+            tensor.record_stream(here)  # else its memory might be given away too early
+        return found
+
+    @cast_once()  # the weights change at its end
+    def _execute(self) -> None:
+        """The step itself: on tensors alone, which it changes where they lie."""
         tree = TreeSum() if self.config.train.exact_slices else None
-        after: list[Hidden] = []
+        losses, counts, after = list[Tensor](), list[Tensor](), list[Hidden]()
         size = (self.last - self.first) // self.micro_batches
         for start in range(0, self.last - self.first, size):
             is_last = start + size == self.last - self.first
-            after.append(self._micro_batch(inputs, targets, step, slice(start, start + size), is_last, tree))
+            loss, count, hidden = self._micro_batch(slice(start, start + size), is_last, tree)
+            losses.append(loss)
+            counts.append(count)
+            after.append(hidden)
             if tree:
                 tree.add(self._gradients())
                 if not is_last:
-                    self.raw_optimizer.zero_grad()
+                    self._drop_gradients()
         if tree:
             tree.finish(self._gradients())
 
-        joined = {name: torch.cat([each[name] for each in after]) for name in self.hidden}
-        self.hidden = self.guard.reset_rows(joined, self.zero)
-        self._update(self.interval.sums - before, rate)
+        added = self.interval.add(torch.stack(losses), torch.stack(counts))
+        self._carry(after)
+        self._update(added)
 
-    def _micro_batch(
-        self, inputs: Tensor, targets: Tensor, step: Tensor, own: slice, is_last: bool, tree: TreeSum | None
-    ) -> Hidden:
-        """Forward and backward of some rows; their new hidden state.
+    def _micro_batch(self, own: slice, is_last: bool, tree: TreeSum | None) -> tuple[Tensor, Tensor, Hidden]:
+        """Forward and backward of some rows; () their summed loss, () their targets, and their new hidden state.
 
         Args:
-            inputs, targets: (B, T) int64, of all micro-batches.
-            own: the rows of this one.
+            own: these rows.
             is_last: DDP then sums the gradients over the processes, unless `tree` does.
         """
-        train = self.config.train
+        train, scaler = self.config.train, self.accelerator.scaler
         # a mean over substreams and time; DDP averages over processes: times their number it is a sum
         scale = (1 if tree else self.accelerator.num_processes) / (train.global_batch_size * train.seq_len)
         hidden = {name: state[own] for name, state in self.hidden.items()}
 
         with nullcontext() if is_last and not tree else self.accelerator.no_sync(self.model):
-            loss, count, hidden = self.model(inputs[own], hidden, targets[own], step, self.rows[own])
-            nan_if_not_finite = loss.detach() * 0  # then the gradient is NaN too, and so on all ranks
-            self.accelerator.backward(loss * (scale + nan_if_not_finite))
+            loss, count, hidden = self.model(self.inputs[own], hidden, self.targets[own], self.step, self.rows[own])
+            outer = loss.detach() * 0 + scale  # NaN where the loss is not finite: so is the gradient then, on all ranks
+            loss.backward(scaler.scale(outer) if scaler else outer)
 
-        self.interval.add(loss.detach(), count)
         # in mixed precision Accelerate makes fp32 of all that the model returns, which here is exact both ways
-        return {name: state.detach().to(self.zero[name].dtype) for name, state in hidden.items()}
+        return loss.detach(), count, {name: state.detach().to(self.zero[name].dtype) for name, state in hidden.items()}
+
+    def _carry(self, after: list[Hidden]) -> None:
+        """Hand the hidden states of all micro-batches on to the next step, without rows that are not finite."""
+        joined = {name: torch.cat([each[name] for each in after]) for name in self.hidden} if after[1:] else after[0]
+        new = self.guard.reset_rows(joined, self.zero)
+        # only now: what a layer has returned may lie in the memory of what it was given
+        torch._foreach_copy_(list(self.hidden.values()), [new[name] for name in self.hidden])
 
     def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.raw.parameters() if parameter.grad is not None]
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
-    def _update(self, sums: Tensor, rate: float) -> None:
+    def _drop_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _update(self, sums: Tensor) -> None:
         """Clip, and apply the gradient, unless the guard skips it.
 
         Args:
             sums: (3,) what this step added to the interval's, for the rule of spikes.
         """
-        sigmas, self.rate = self.config.train.skip_spikes_sigmas, rate
-        norm = self.accelerator.clip_grad_norm_(self.raw.parameters(), self.config.optim.clip_norm or float("inf"))
-        assert norm is not None
-        self.gradient_norm = norm.detach()
+        sigmas, scaler, optimizer = self.config.train.skip_spikes_sigmas, self.accelerator.scaler, self.raw_optimizer
+        if scaler:
+            scaler.unscale_(optimizer)
+        self.gradient_norm.copy_(clip(self._gradients(), self.config.optim.clip_norm))
 
         loss = IntervalLoss.tensor_mean(self.accelerator.reduce(sums, "sum")) if sigmas else None
-        skip = self.guard.should_skip(self.gradient_norm, loss, sigmas)
-        if not self.accelerator.scaler:  # fp16's scaler finds out by itself
-            skip_next_step(self.raw_optimizer, skip)
-
-        set_learning_rate(self.raw_optimizer, rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        skip_next_step(optimizer, self.guard.should_skip(self.gradient_norm, loss, sigmas))
+        optimizer.step()
+        self._drop_gradients()
+        if scaler:
+            scaler.update()
 
     def report(self) -> dict[str, Any]:
         """What a line of metrics says of the steps since the last one, over all processes; called by all.
@@ -166,7 +242,7 @@ class TrainStep:
         """
         sums = self.accelerator.reduce(self.interval.sums, "sum").tolist()
         skipped = self.guard.check(self.config.train.stop_after_skipped)
-        self.interval = IntervalLoss(self.rows.device)
+        self.interval.clear()
         return {
             "loss": IntervalLoss.mean(sums),
             "learning_rate": self.rate,

@@ -21,8 +21,8 @@ def accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Acc
     """Accelerate, which wraps models in DDP as it does for several processes, though the group has only this one."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
 
-    def wrap(self: Accelerator, model: torch.nn.Module, *others: object, **options: object) -> tuple[object, ...]:
-        return DistributedDataParallel(model, gradient_as_bucket_view=True), *others
+    def wrap(self: Accelerator, model: torch.nn.Module) -> DistributedDataParallel:
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     monkeypatch.setattr(Accelerator, "prepare", wrap)
     yield Accelerator(cpu=True)

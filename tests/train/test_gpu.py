@@ -33,3 +33,28 @@ def test_resumed_to_the_bit_in_the_precision_asked_for(
     assert resumed.returncode == 0, resumed.stderr
     assert_same_bits(tmp_path / "run", tmp_path / "first")
     assert records(tmp_path / "run", "train")[-1]["ran_in"] == {"layer0": dtype, "layer1": dtype, "head": dtype}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--train.accumulation=2", "--train.skip_spikes_sigmas=6"), ("--train.exact_slices=4", "--optim.name=sgd")],
+)
+def test_a_captured_run_has_the_bits_of_a_plain_one_and_resumes(
+    run_script: RunScript, experiment: Path, tmp_path: Path, precision: str, options: tuple[str, ...]
+) -> None:
+    options = (
+        f"--config={experiment}", f"--train.precision={precision}", "--train.deterministic=true", *options,
+        "--train.device=cuda", "--model.dropout=0.3",
+    )  # fmt: skip
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    plain = run_script(
+        TRAIN, *options, "--train.capture=off", f"--run.directory={tmp_path}/plain", CUDA_VISIBLE_DEVICES=visible
+    )
+    assert plain.returncode == 0, plain.stderr
+
+    assert run_script(FAULTY, "kill", "13", *options, CUDA_VISIBLE_DEVICES=visible).returncode == -9
+    resumed = run_script(TRAIN, *options, CUDA_VISIBLE_DEVICES=visible)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "train.capture" not in resumed.stderr, "the graph is used"
+    assert_same_bits(tmp_path / "run", tmp_path / "plain")

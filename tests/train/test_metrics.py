@@ -34,7 +34,7 @@ def test_interval_sums_do_not_depend_on_order_or_grouping() -> None:
         for group in groups:
             interval = IntervalLoss(torch.device("cpu"))
             for loss, count in group:
-                interval.add(torch.tensor(loss), torch.tensor(count))
+                interval.add(torch.tensor([loss]), torch.tensor([count]))
             total += interval.sums
         return total.tolist()
 
@@ -47,8 +47,8 @@ def test_interval_sums_do_not_depend_on_order_or_grouping() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_a_loss_that_is_not_finite_is_never_a_number(bad: float) -> None:
     interval = IntervalLoss(torch.device("cpu"))
-    interval.add(torch.tensor(bad), torch.tensor(3))
-    interval.add(torch.tensor(1.0), torch.tensor(3))
+    interval.add(torch.tensor([bad]), torch.tensor([3]))
+    interval.add(torch.tensor([1.0]), torch.tensor([3]))
     assert IntervalLoss.mean(interval.sums.tolist()) is None
 
 
