@@ -6,4 +6,4 @@ faults, yaml_file, key_names, arguments, cli), data, data.build, model, checkpoi
 stands in its ``__init__.py``.
 """
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"

@@ -51,9 +51,9 @@ class Words(ABC):
         else:
             self.segment(table, first, last)
 
+    @abstractmethod
     def segment(self, table: WordTable, first: int, last: int) -> None:
         """As `fill`, by kernels, where nothing is the reason why not."""
-        raise NotImplementedError
 
 
 class NoWords(Words):
@@ -65,6 +65,10 @@ class NoWords(Words):
     def encode(self, texts: Sequence[bytes], kind: int) -> tuple[Array, Array]:
         """As Words: the ids depend on everything."""
         return np.empty(0, np.int64), np.full(len(texts), NO_IDS)
+
+    def segment(self, table: WordTable, first: int, last: int) -> None:
+        """As Words: there are none."""
+        raise AssertionError(self.why_whole)
 
 
 class TableWords(Words):

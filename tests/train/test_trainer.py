@@ -164,7 +164,7 @@ def test_a_finished_run_is_left_alone_and_longer_training_continues_it(
     before = (run / "metrics.jsonl").read_bytes()
     again = train_here(f"--config={experiment}")
     assert again.returncode == 0
-    assert "finished at step 20 of 20" in again.stdout and "raise train.epochs" in again.stdout
+    assert "finished at step 20 of 20" in again.stdout and "raise train.max_steps" in again.stdout
     assert (run / "metrics.jsonl").read_bytes() == before
 
     longer = train_here(f"--config={run}/config.yaml", "--train.max_steps=23", "--train.epochs=3")
