@@ -238,8 +238,11 @@ class TrainConfig:
     Chowdhery et al. 2022, section 5.1; OLMo-core by this rule); 0: never. Not finite ones are always skipped."""
     stop_after_skipped: int = knob(100, at_least=0, changeable=True)
     """Skipped updates in a row that end the run, at the next line of metrics; 0: never."""
-    loss_chunk_tokens: int = knob(512, at_least=1, changeable=True)
-    """Tokens whose logits are in memory at once."""
+    loss_chunk_tokens: int = knob(0, at_least=0, changeable=True)
+    """Tokens whose logits are in memory at once; 0: as many as 256 MiB hold."""
+    gradient_filter: bool = knob(False, changeable=True)
+    """Leave columns of the softmax out of the gradient's products whose slopes are negligible for all tokens of a chunk
+    (Wijmans et al. 2024, section 4.3): faster for large vocabularies once a model is trained, not exact."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def load_model(config: Config, path: Path, device: torch.device) -> tuple[Recurr
     if vocab_size * config.model.embedding_size > found.bytes("model"):
         raise CheckpointError(f"{path}: a vocabulary of {vocab_size} in a smaller model; give the run its own again")
 
-    model = RecurrentLM(config.model, vocab_size, config.train.seed, config.train.loss_chunk_tokens, initialise=False)
+    model = RecurrentLM(config.model, vocab_size, config.train.seed, initialise=False)
     parameters = dict(model.named_parameters())  # all of them are in the checkpoint, or it is refused
     copy_tensors(parameters, found.tensors("model", parameters), path)
     return model.to(device), tokenizer, found

@@ -45,7 +45,10 @@ class TrainStep:
         initialise: bool = True,
     ):
         self.config, self.accelerator, self.first, self.last = config, accelerator, first, last
-        raw = RecurrentLM(config.model, vocab_size, config.train.seed, config.train.loss_chunk_tokens, initialise)
+        train = config.train
+        raw = RecurrentLM(
+            config.model, vocab_size, train.seed, train.loss_chunk_tokens, initialise, train.gradient_filter
+        )
         self.raw = raw.to(accelerator.device)  # without DDP and autocast: for evaluation, generation, saving
         with errors_are_shared():
             _check_states(self.raw)

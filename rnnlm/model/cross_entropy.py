@@ -1,0 +1,209 @@
+"""The cross entropy of a softmax over a large vocabulary, and its gradients, without all logits in memory.
+
+    N tokens, n of a chunk, D width, V vocabulary
+
+The logits of a chunk of tokens are made, replaced by their slope (softmax - one-hot, which needs only them), multiplied
+into the gradients, and thrown away, as in the fused linear cross entropy of Hsu et al. 2024, "Liger Kernel". Memory is
+n * V instead of N * V several times; nothing is computed twice. The price: the gradients are held from the forward to
+the backward pass, one more copy of the matrix.
+
+What is rounded in low precision: x and matrix; on CPUs the products x W' (on GPUs they stay fp32); the slope, once, for
+the products of the two gradients; these products. The bias is added, exponentials and losses are formed, the bias's
+gradient and sums over chunks are taken in fp32. The usual loop under autocast also rounds the bias and the sum of it
+and the product, and forms the slope of the target by subtraction from a rounded probability on its way back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rnnlm.model.liger import liger_softmax, liger_takes
+from rnnlm.model.precision import compute_dtype
+
+LOGIT_BYTES = 2**28
+"""Most memory for a chunk's logits where no number of tokens is asked for: 2,670 tokens of 50,257 pieces in bf16.
+
+So many rows that the products run at full rate, and the sum of a second chunk's gradients costs little beside them."""
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+"""Of x (N, D), weight (V, D), bias (V,)."""
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, chunk: int = 0, filtered: bool = False
+) -> Tensor:
+    """-log softmax(x W' + b)[target], summed over the tokens.
+
+    Under autocast the products run in its precision; the softmax and all sums are in fp32, or fp64 for fp64 inputs.
+
+    Args:
+        x: (N, D)
+        weight: (V, D)
+        bias: (V,)
+        targets: (N,) int64; tokens with target -1 count for nothing.
+        chunk: tokens whose logits are in memory at once; 0: as many as LOGIT_BYTES hold.
+        filtered: leave columns out of a chunk's products of the gradients whose slope is below `negligible` for all its
+            tokens ("gradient filtering", Wijmans et al. 2024, "Cut your losses in large-vocabulary language models",
+            section 4.3); the gradient of the bias stays whole. A GPU is waited for, since their number is not known.
+
+    Returns:
+        () the sum.
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, targets, chunk, filtered
+    )
+    return loss
+
+
+@torch.no_grad()
+def token_losses(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, chunk: int = 512) -> Tensor:
+    """The same for each token, without gradients: (N,); 0 where the target is -1.
+
+    `chunk` is no option of evaluation: another size may round otherwise.
+    """
+    parts = zip(torch.split(x, chunk), torch.split(targets, chunk), strict=True)
+    return torch.cat([softmax_slope(part @ weight.T, bias, wanted)[0] for part, wanted in parts])
+
+
+def negligible(dtype: torch.dtype) -> float:
+    """The slope below which a column is left out: 2^-12 for bf16, as in section 4.3 of the paper; 2^-28 for fp32."""
+    return float(torch.finfo(dtype).eps) / 32
+
+
+def chunk_tokens(tokens: int, vocabulary: int, item_bytes: int) -> int:
+    """Tokens of each of the fewest chunks, of one size but for the last, whose logits LOGIT_BYTES hold."""
+    at_once = max(1, LOGIT_BYTES // (vocabulary * item_bytes))
+    return max(1, -(-tokens // -(-tokens // at_once))) if tokens else 1
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, chunk: int, filtered: bool
+    ) -> Tensor:
+        dtype = compute_dtype(weight)
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        wanted = any(ctx.needs_input_grad[:3])
+        ctx.gradients = None
+
+        with torch.autocast(x.device.type, enabled=False):
+            x_cast, matrix = x.to(dtype), weight.to(dtype)
+            total = torch.zeros((), dtype=wide, device=x.device)
+            size = chunk or chunk_tokens(len(x), len(weight), wide.itemsize if x.is_cuda else dtype.itemsize)
+            if wanted:
+                whole = torch.zeros_like if filtered or not len(x) else torch.empty_like  # else all is written
+                ctx.gradients = torch.empty_like(x), whole(weight), torch.zeros_like(bias)
+
+            for start in range(0, len(x), size):
+                part, ids = x_cast[start : start + size], targets[start : start + size]
+                logits = _product(part, matrix.T)  # (n, V)
+                losses, slope, sums, most = softmax_slope(logits, bias, ids, filtered)
+                total += losses.sum()
+                if wanted:
+                    columns = None if most is None else (most >= negligible(dtype)).nonzero()[:, 0]
+                    ctx.gradients[2].add_(sums)
+                    _accumulate(ctx.gradients, start, slope.to(dtype), part, matrix, columns)
+
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outer: Any) -> Any:
+        gradients, ctx.gradients = ctx.gradients, None  # of the sum, and ours alone: handed on in their memory
+        if gradients is None:
+            raise RuntimeError("linear_cross_entropy: backward a second time; its gradients are formed once, forward")
+        # `outer` is a scalar in full precision, and takes no part in the choice of theirs
+        return *(each.mul_(outer[0]) for each in gradients), None, None, None
+
+
+def softmax_slope(
+    logits: Tensor, bias: Tensor, targets: Tensor, with_most: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The losses of logits + bias, and their slopes by the logits: softmax - one-hot, zero for masked tokens.
+
+    Args:
+        logits: (n, V), whose memory is written over.
+        bias: (V,)
+        targets: (n,) int64, -1 where masked.
+        with_most: whether the last result is wanted.
+
+    Returns:
+        (n,) losses in nats in fp32, or fp64 for fp64 biases; (n, V) slopes, in at least the precision of the logits;
+        (V,) their sum over the tokens; (V,) the largest absolute slope of each column.
+    """
+    # a fake tensor, of which operations are only counted, has no values that a kernel could read
+    if type(logits) is Tensor and bias.dtype == torch.float32:
+        if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16):
+            return _compiled_slope(logits, bias, targets, with_most)
+        if liger_takes(logits):
+            slope = logits.to(torch.float32).add_(bias)
+            losses = liger_softmax(slope, targets)
+            return losses, slope, slope.sum(dim=0), slope.abs().amax(dim=0) if with_most else None
+    return _plain_slope(logits, bias, targets, with_most)
+
+
+def _plain_slope(
+    logits: Tensor, bias: Tensor, targets: Tensor, with_most: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`softmax_slope` by PyTorch's operations: the reference, and for all devices."""
+    logits = logits.to(bias.dtype).add_(bias)
+    normaliser = logits.logsumexp(dim=1, keepdim=True)  # (n, 1)
+    column = targets.clamp(min=0)[:, None]
+    masked = (targets < 0)[:, None]
+    losses = (normaliser - logits.gather(1, column)).masked_fill_(masked, 0.0)  # (n, 1)
+
+    slope = logits.sub_(normaliser).exp_()
+    slope.scatter_(1, column, torch.expm1(-losses))  # one a row: no adding scatter, which GPUs do in any order
+    slope.masked_fill_(masked, 0.0)
+    return losses[:, 0], slope, slope.sum(dim=0), slope.abs().amax(dim=0) if with_most else None
+
+
+def _compiled_slope(
+    logits: Tensor, bias: Tensor, targets: Tensor, with_most: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`softmax_slope` on a CPU, logits (n, V) in fp32 or bf16."""
+    from rnnlm.model.cross_entropy_kernels import softmax_rows  # numba takes a while to import, and GPUs need none
+
+    logits, most = logits.contiguous(), bias.new_empty(len(bias)) if with_most else None
+    numbers = logits.view(torch.uint16) if logits.dtype == torch.bfloat16 else logits
+    losses, sums = softmax_rows(
+        numbers.numpy(),
+        bias.detach().contiguous().numpy(),
+        targets.contiguous().numpy(),
+        None if most is None else most.numpy(),
+        torch.get_num_threads(),
+    )
+    return torch.from_numpy(losses), logits, torch.from_numpy(sums), most
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right; where a GPU multiplies in low precision, the result is in the fp32 in which it is summed."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
+
+
+def _accumulate(
+    gradients: Gradients, start: int, slope: Tensor, part: Tensor, matrix: Tensor, columns: Tensor | None
+) -> None:
+    """Add a chunk's share, from slope (n, V) and part (n, D), to the gradients of x and weight.
+
+    `columns`, (K,) int64, are those that count; None: all, and then the first chunk begins the sum.
+    """
+    grad_x, grad_weight, _ = gradients
+    if columns is not None:
+        slope, matrix = slope.index_select(1, columns), matrix.index_select(0, columns)  # (n, K), (K, D)
+    grad_x[start : start + len(part)] = slope @ matrix
+
+    if columns is not None:
+        grad_weight.index_add_(0, columns, _product(slope.T, part).to(grad_weight.dtype))  # each column once
+    elif slope.dtype == grad_weight.dtype:
+        torch.addmm(grad_weight, slope.T, part, beta=1 if start else 0, out=grad_weight)
+    elif start:
+        grad_weight += _product(slope.T, part)  # summed over chunks in fp32
+    else:
+        grad_weight.copy_(_product(slope.T, part))
