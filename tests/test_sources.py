@@ -23,7 +23,8 @@ TORCH = {"data/substreams", "model", "checkpoint", "train"}  # where torch may b
 HOMES = {
     "sentencepiece": "data/sentencepiece_tokenizer data/tokenizer_training tools/fuzz_encoder",
     "tokenizers": "data/hugging_face_tokenizer tools/fuzz_encoder",
-    "numba": "data/kernels",
+    "numba": "data/kernels model/cross_entropy_kernels",
+    "liger_kernel": "model/liger",
     "pyarrow": "data/tables",
     "distributed": "data/build/executor",
     "safetensors": "checkpoint/safetensors_file",

@@ -51,7 +51,7 @@ def softmax_rows(
         most: (V,) float32, filled with the largest absolute slope of each column; None: not asked for.
 
     Returns:
-        (n,) float32 losses in nats, 0 where masked; (V,) float32 the slopes' sum over the rows, before they are rounded.
+        (n,) float32 losses in nats, 0 where masked; (V,) float32 the slopes' sum over the rows, before rounding.
     """
     groups = -(-len(logits) // GROUP)
     losses, sums = np.empty(len(logits), np.float32), np.empty((groups, len(bias)), np.float32)

@@ -101,9 +101,7 @@ class SoftmaxHead(Head):
         """The logits of a chunk of tokens at a time."""
         x = self._project(x).flatten(0, 1)  # (N, D)
         options = self.options
-        return linear_cross_entropy(
-            x, self.weight, self.bias, targets.flatten(), options.chunk, options.filtered
-        )
+        return linear_cross_entropy(x, self.weight, self.bias, targets.flatten(), options.chunk, options.filtered)
 
     def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """The logits of a chunk of tokens at a time."""

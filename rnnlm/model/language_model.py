@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rnnlm.config import ModelConfig
 from rnnlm.errors import UserError
+from rnnlm.model import adaptive  # noqa: F401 - which registers its head
 from rnnlm.model.heads import LossOptions, build_head
 from rnnlm.model.layers import LAYERS, Context, Hidden, Layer, State, named_generator
 from rnnlm.model.precision import compute_dtype, full_precision

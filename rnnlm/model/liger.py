@@ -35,7 +35,7 @@ def liger_softmax(logits: Tensor, targets: Tensor) -> Tensor:
     """
     losses = torch.zeros(len(logits), device=logits.device)
     columns = logits.shape[1]
-    unused = {name: None for name in ("weight_ptr", "z_loss_ptr", "token_accuracy_ptr", "predicted_tokens_ptr")}
+    unused = dict.fromkeys(("weight_ptr", "z_loss_ptr", "token_accuracy_ptr", "predicted_tokens_ptr"))
 
     _kernel()[(len(logits),)](
         X_ptr=logits,
