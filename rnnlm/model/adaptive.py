@@ -68,7 +68,7 @@ def adaptive_parameters(config: ModelConfig, vocab_size: int, width: int) -> int
 
 
 class Cluster(nn.Module):
-    """The rare pieces from id `low` on: their vectors (pieces, narrow), and the projection (narrow, H) to that width."""
+    """The rare pieces from id `low` on: their vectors (pieces, narrow), and the projection (narrow, H) onto it."""
 
     def __init__(self, low: int, pieces: int, narrow: int, width: int):
         super().__init__()
