@@ -42,8 +42,8 @@ BOUNDS = {  # (first value that is allowed, first or last one above it: "<" or "
 TABLE = {key: bounds for bounds, keys in BOUNDS.items() for key in keys.split()}
 
 NAMES_OF_FIXED = {
-    "model": """cell head adaptive_cutoffs adaptive_factor embedding_size hidden_size layers dropout dropout_kind tied init
-                init_range forget_bias""",
+    "model": """cell head adaptive_cutoffs adaptive_factor embedding_size hidden_size layers dropout dropout_kind tied
+                init init_range forget_bias""",
     "optim": """name learning_rate momentum beta1 beta2 eps weight_decay clip_norm schedule warmup_steps horizon_steps
                 final_ratio plateau_factor plateau_patience""",
     "train": "seed global_batch_size seq_len exact_slices rotate precision tf32 skip_spikes_sigmas",
