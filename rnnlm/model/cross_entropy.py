@@ -48,7 +48,11 @@ def linear_cross_entropy(
         chunk: tokens whose logits are in memory at once; 0: as many as LOGIT_BYTES hold.
         filtered: leave columns out of a chunk's products of the gradients whose slope is below `negligible` for all its
             tokens ("gradient filtering", Wijmans et al. 2024, "Cut your losses in large-vocabulary language models",
-            section 4.3); the gradient of the bias stays whole. A GPU is waited for, since their number is not known.
+            section 4.3), and put one for all of them in their place; the gradient of the bias stays whole. Of 20,000
+            words after 563 steps on film reviews (a loss of 6.2) 11 % were left in for 2,048 tokens in bf16: errors of
+            2.1e-2 (x) and 1.5e-2 (weight) against 3e-3 and 5e-3 unfiltered; without the one column in their place 0.30
+            and 0.08, after 270 steps. Smaller chunks leave in 9 % (512) and 8 % (128), and cost more than they save.
+            A GPU is waited for, since the number of columns is not known.
 
     Returns:
         () the sum.
@@ -75,9 +79,13 @@ def negligible(dtype: torch.dtype) -> float:
 
 
 def chunk_tokens(tokens: int, vocabulary: int, item_bytes: int) -> int:
-    """Tokens of each of the fewest chunks, of one size but for the last, whose logits LOGIT_BYTES hold."""
-    at_once = max(1, LOGIT_BYTES // (vocabulary * item_bytes))
-    return max(1, -(-tokens // -(-tokens // at_once))) if tokens else 1
+    """Tokens of each of the fewest chunks, of one size but for the last, whose logits LOGIT_BYTES hold.
+
+    Nor do they take more than two bytes for each logit of all tokens, where the usual loop takes eight or more.
+    """
+    at_once = min(LOGIT_BYTES // (vocabulary * item_bytes), -(-2 * tokens // item_bytes))
+    chunks = -(-tokens // max(1, at_once))
+    return -(-tokens // max(1, chunks)) or 1
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -104,9 +112,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 losses, slope, sums, most = softmax_slope(logits, bias, ids, filtered)
                 total += losses.sum()
                 if wanted:
-                    columns = None if most is None else (most >= negligible(dtype)).nonzero()[:, 0]
                     ctx.gradients[2].add_(sums)
-                    _accumulate(ctx.gradients, start, slope.to(dtype), part, matrix, columns)
+                    if most is None:
+                        _accumulate(ctx.gradients, start, slope.to(dtype), part, matrix)
+                    else:
+                        _accumulate_filtered(ctx.gradients, start, slope.to(dtype), part, weight, sums, most)
 
         return total
 
@@ -170,13 +180,15 @@ def _compiled_slope(
 
     logits, most = logits.contiguous(), bias.new_empty(len(bias)) if with_most else None
     numbers = logits.view(torch.uint16) if logits.dtype == torch.bfloat16 else logits
+    threads = torch.get_num_threads()
     losses, sums = softmax_rows(
         numbers.numpy(),
         bias.detach().contiguous().numpy(),
         targets.contiguous().numpy(),
         None if most is None else most.numpy(),
-        torch.get_num_threads(),
+        threads,
     )
+    torch.set_num_threads(threads)  # numba and torch may share OpenMP, whose number numba sets to its own at its start
     return torch.from_numpy(losses), logits, torch.from_numpy(sums), most
 
 
@@ -187,23 +199,35 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return left @ right
 
 
-def _accumulate(
-    gradients: Gradients, start: int, slope: Tensor, part: Tensor, matrix: Tensor, columns: Tensor | None
-) -> None:
-    """Add a chunk's share, from slope (n, V) and part (n, D), to the gradients of x and weight.
-
-    `columns`, (K,) int64, are those that count; None: all, and then the first chunk begins the sum.
-    """
+def _accumulate(gradients: Gradients, start: int, slope: Tensor, part: Tensor, matrix: Tensor) -> None:
+    """Add a chunk's share, from slope (n, V) and part (n, D), to the gradients of x and weight; the first begins it."""
     grad_x, grad_weight, _ = gradients
-    if columns is not None:
-        slope, matrix = slope.index_select(1, columns), matrix.index_select(0, columns)  # (n, K), (K, D)
     grad_x[start : start + len(part)] = slope @ matrix
-
-    if columns is not None:
-        grad_weight.index_add_(0, columns, _product(slope.T, part).to(grad_weight.dtype))  # each column once
-    elif slope.dtype == grad_weight.dtype:
+    if slope.dtype == grad_weight.dtype:
         torch.addmm(grad_weight, slope.T, part, beta=1 if start else 0, out=grad_weight)
     elif start:
         grad_weight += _product(slope.T, part)  # summed over chunks in fp32
     else:
         grad_weight.copy_(_product(slope.T, part))
+
+
+def _accumulate_filtered(
+    gradients: Gradients, start: int, slope: Tensor, part: Tensor, weight: Tensor, sums: Tensor, most: Tensor
+) -> None:
+    """The same by the columns that count, and by one for all others together: (n, K), (n, D), (V, D), (V,), (V,).
+
+    The others' slopes, each negligible, are not so together. They enter as if all tokens shared their part out among
+    them alike: as the product of what each token gives to all and of what all tokens give to each.
+    """
+    grad_x, grad_weight, _ = gradients
+    columns = (most >= negligible(part.dtype)).nonzero()[:, 0]  # (K,)
+    slope = slope.index_select(1, columns)
+    own = slope @ weight.index_select(0, columns).to(part.dtype)
+    grad_weight.index_add_(0, columns, _product(slope.T, part).to(grad_weight.dtype))  # each column once
+
+    # a token's slopes sum to 0
+    rest = -slope.sum(dim=1, dtype=sums.dtype)  # (n,)
+    others = sums.index_fill(0, columns, 0.0)  # (V,)
+    share = others / others.sum().clamp(min=torch.finfo(sums.dtype).tiny)  # sums to 1; 0 where there are none
+    grad_x[start : start + len(part)] = torch.addr(own.to(sums.dtype), rest, share @ weight)
+    grad_weight.addr_(share, rest @ part.to(sums.dtype))
