@@ -10,9 +10,9 @@ the backward pass, one more copy of the matrix.
 What is rounded in low precision: x and matrix; on CPUs the products x W' (on GPUs they stay fp32); the slope, once, for
 the products of the two gradients; these products. The bias is added, exponentials and losses are formed, the bias's
 gradient and sums over chunks are taken in fp32. The usual loop under autocast (F.linear, F.cross_entropy) rounds as
-much, and the bias besides. Against fp64, for 256 tokens and 5,000 pieces, the gradients of x, weight and bias in bf16 are off
-by 2.4e-3, 2.3e-3 and 4e-5 (the usual loop's by 2.4e-3, 2.3e-3 and 1.2e-3), of a model trained for some minutes by
-3.2e-3, 5.2e-3 and 6.1e-3 (3.2e-3, 6.7e-3 and 8.2e-3); the test
+much, and the bias besides. Against fp64, for 256 tokens and 5,000 pieces, the gradients of x, weight and bias in bf16
+are off by 2.4e-3, 2.3e-3 and 4e-5 (the usual loop's by 2.4e-3, 2.3e-3 and 1.2e-3), of a model trained for some minutes
+by 3.2e-3, 5.2e-3 and 6.1e-3 (3.2e-3, 6.7e-3 and 8.2e-3); the test
 `test_in_bf16_no_gradient_is_further_from_fp64_than_the_usual_loops` compares them.
 """
 
