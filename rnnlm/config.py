@@ -19,7 +19,7 @@ from rnnlm.texts import Texts, named_sources
 
 # What a run is made of, by name; register_layer, register_head and register_optimizer append here.
 CELLS = ["lstm", "gru", "rnn"]
-HEADS = ["softmax"]
+HEADS = ["softmax", "adaptive"]
 OPTIMIZERS = ["adam", "adamw", "sgd"]
 
 
@@ -142,7 +142,14 @@ class ModelConfig:
     """The recurrent layer: lstm (Hochreiter & Schmidhuber 1997; Gers et al. 2000), gru (Cho et al. 2014), rnn (with
     tanh, Elman 1990), or one that other code has registered."""
     head: str = knob("softmax", choices=HEADS)
-    """What is predicted from the hidden state: softmax (over the vocabulary), or one that other code has registered."""
+    """What is predicted from the hidden state: softmax (over the vocabulary), adaptive (Grave et al. 2017: rare pieces
+    in narrow clusters, many times faster for vocabularies from 100,000; needs ids that go from frequent to rare, as
+    those of tokenizer.kind=word do), or one that other code has registered."""
+    adaptive_cutoffs: list[int] = knob([])
+    """Of the adaptive head: the first id of each cluster, rising, as [20000, 100000], which is what empty stands for
+    from 160,000 pieces on; of fewer an eighth, and five times that."""
+    adaptive_factor: int = knob(4, at_least=1)
+    """Of the adaptive head: each cluster's vectors are narrower by this than those before."""
     embedding_size: int = knob(0, at_least=0)
     """Width of the token vectors; 0: half of hidden_size, or all of it if tied."""
     hidden_size: int = knob(0, at_least=0)
@@ -242,8 +249,11 @@ class TrainConfig:
     Chowdhery et al. 2022, section 5.1; OLMo-core by this rule); 0: never. Not finite ones are always skipped."""
     stop_after_skipped: int = knob(100, at_least=0, changeable=True)
     """Skipped updates in a row that end the run, at the next line of metrics; 0: never."""
-    loss_chunk_tokens: int = knob(512, at_least=1, changeable=True)
-    """Tokens whose logits are in memory at once."""
+    loss_chunk_tokens: int = knob(0, at_least=0, changeable=True)
+    """Tokens whose logits are in memory at once; 0: as many as 256 MiB hold."""
+    gradient_filter: bool = knob(False, changeable=True)
+    """Leave columns of the softmax out of the gradient's products whose slopes are negligible for all tokens of a chunk
+    (Wijmans et al. 2024, section 4.3): faster for large vocabularies once a model is trained, not exact."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ start of a run, as the number of processes, is checked there.
 
 from __future__ import annotations
 
+import itertools
+
 from rnnlm.config import ALLOWED_CHANGES, Config, as_list, knobs
 from rnnlm.texts import SPLITS, faults_of_texts, named_sources
 
@@ -16,7 +18,7 @@ def find_faults(config: Config) -> list[str]:
     found = [fault for key, value in values.items() if (fault := declared[key].fault(key, value))]
     if None in values.values():
         return found  # what follows computes with them
-    parts = (_corpus_faults, _tokenizer_faults, _accumulation_faults, _slice_faults, _change_faults)
+    parts = (_corpus_faults, _tokenizer_faults, _head_faults, _accumulation_faults, _slice_faults, _change_faults)
     return found + [fault for part in parts for fault in part(config)]
 
 
@@ -46,6 +48,19 @@ def _corpus_faults(config: Config) -> list[str]:
                     f"corpus.train.{name}.share={share}: repeats documents, and copies would stand one behind the "
                     "other; set corpus.shuffle_seed to 0 or more"
                 )
+    return found
+
+
+def _head_faults(config: Config) -> list[str]:
+    model, found = config.model, list[str]()
+    if model.tied and model.head == "adaptive":
+        found.append(
+            "model.tied=True: the vectors of rare pieces are narrower in model.head=adaptive than those of the input; "
+            "use model.tied=false or model.head=softmax"
+        )
+    cutoffs = model.adaptive_cutoffs
+    if any(low >= high for low, high in itertools.pairwise([0, *cutoffs])):
+        found.append(f"model.adaptive_cutoffs={cutoffs}: must be ids above 0 that rise, as [2000, 10000]")
     return found
 
 

@@ -14,6 +14,8 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +33,7 @@ SOURCES = (
     "data/byte_level_kernels",
     "model/random_bits",
     "model/dropout_kernels",
+    "model/cross_entropy_kernels",
 )  # modules with code that is compiled, and with constants that are compiled into it
 
 
@@ -58,6 +61,25 @@ def _compiled(function: Function, **options: bool) -> Function:
     finally:
         settings.CACHE_DIR = before
     return made
+
+
+def on_threads(run: Callable[[int, int], None], items: int, threads: int) -> None:
+    """Call run(begin, end), of an unlocked kernel, for as many stretches of items as there are threads, side by side.
+
+    numba's own threads would be those of torch in some installations, and another set in others.
+    """
+    threads = max(1, min(threads, items))
+    edges = [items * part // threads for part in range(threads + 1)]
+    others = [_pool(os.getpid(), threads).submit(run, *edges[part : part + 2]) for part in range(1, threads)]
+    run(0, edges[1])
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """So many threads, with the one that asks; anew in a process that was forked, where those of the other are not."""
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="kernels")
 
 
 def cache_directory(package: Path) -> str:

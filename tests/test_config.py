@@ -101,7 +101,7 @@ def test_nearest_sizes() -> None:
 CHANGEABLE = {  # what else may differ when a run is resumed, beside all of build, eval, generate and run
     "stream.directory", "stream.verify", "optim.early_stop_patience", "train.epochs", "train.max_steps",
     "train.accumulation", "train.device", "train.cpu_threads", "train.deterministic", "train.prefetch_threads",
-    "train.capture", "train.stop_after_skipped", "train.loss_chunk_tokens",
+    "train.capture", "train.stop_after_skipped", "train.loss_chunk_tokens", "train.gradient_filter",
 }  # fmt: skip
 
 

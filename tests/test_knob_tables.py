@@ -29,20 +29,21 @@ BOUNDS = {  # (first value that is allowed, first or last one above it: "<" or "
         build.workers stream.valid_max_tokens model.embedding_size model.hidden_size train.epochs
         model.init_range optim.learning_rate optim.eps optim.weight_decay optim.clip_norm
         optim.warmup_steps optim.horizon_steps optim.plateau_patience optim.early_stop_patience train.max_steps
-        train.exact_slices train.cpu_threads train.prefetch_threads train.skip_spikes_sigmas train.stop_after_skipped
-        generate.temperature generate.top_k run.save_every_minutes run.keep_every_steps
+        train.exact_slices train.loss_chunk_tokens train.cpu_threads train.prefetch_threads train.skip_spikes_sigmas
+        train.stop_after_skipped generate.temperature generate.top_k run.save_every_minutes run.keep_every_steps
         run.grace_seconds run.timeout_minutes""",
     (1, "", math.inf): """
         corpus.max_document_bytes corpus.max_whole_bytes corpus.unit_bytes tokenizer.sample_bytes tokenizer.min_count
         stream.shard_tokens model.layers train.global_batch_size
-        train.seq_len train.accumulation train.loss_chunk_tokens eval.batch_size generate.samples generate.max_tokens
+        train.seq_len train.accumulation model.adaptive_factor eval.batch_size generate.samples generate.max_tokens
         run.log_every_steps run.save_every_steps""",
     (2, "", math.inf): "run.keep_last",
 }
 TABLE = {key: bounds for bounds, keys in BOUNDS.items() for key in keys.split()}
 
 NAMES_OF_FIXED = {
-    "model": "cell head embedding_size hidden_size layers dropout dropout_kind tied init init_range forget_bias",
+    "model": """cell head adaptive_cutoffs adaptive_factor embedding_size hidden_size layers dropout dropout_kind tied
+                init init_range forget_bias""",
     "optim": """name learning_rate momentum beta1 beta2 eps weight_decay clip_norm schedule warmup_steps horizon_steps
                 final_ratio plateau_factor plateau_patience""",
     "train": "seed global_batch_size seq_len exact_slices rotate precision tf32 skip_spikes_sigmas",

@@ -25,6 +25,7 @@ HOMES = {
     "tokenizers": "data/hugging_face_tokenizer tools/fuzz_encoder",
     "numba": "kernels",
     "triton": "model/dropout_triton",
+    "liger_kernel": "model/liger",
     "pyarrow": "data/tables",
     "distributed": "data/build/executor",
     "safetensors": "checkpoint/safetensors_file",

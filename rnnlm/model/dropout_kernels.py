@@ -9,17 +9,14 @@ bf16 is handed over as its bits, for which NumPy has no type.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rnnlm.kernels import inlined, unlocked_kernel
+from rnnlm.kernels import inlined, on_threads, unlocked_kernel
 from rnnlm.model.random_bits import MULTIPLIERS, SHIFTS
 
 U = np.uint32
@@ -135,18 +132,6 @@ def drop(x: Tensor, start: int, step: Tensor, rows: Tensor, locked: bool, limit:
     arguments = (ours, theirs, start, step.item(), rows.contiguous().numpy(), locked, limit, scale)
 
     run = KERNELS[x.dtype]
-    threads = max(1, min(torch.get_num_threads(), x.numel() // PER_THREAD))
-    edges = [cells * part // threads for part in range(threads + 1)]
-    others = [
-        _pool(os.getpid(), threads).submit(run, *edges[part : part + 2], *arguments) for part in range(1, threads)
-    ]
-    run(0, edges[1], *arguments)
-    for other in others:
-        other.result()
+    threads = min(torch.get_num_threads(), x.numel() // PER_THREAD)
+    on_threads(lambda begin, end: run(begin, end, *arguments), cells, threads)
     return out
-
-
-@cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """So many threads, with the one that asks; anew in a process that was forked, where those of the other are not."""
-    return ThreadPoolExecutor(threads - 1, thread_name_prefix="dropout")

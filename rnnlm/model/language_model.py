@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from rnnlm.config import ModelConfig
 from rnnlm.errors import UserError
-from rnnlm.model.heads import build_head
+from rnnlm.model import adaptive  # noqa: F401 - which registers its head
+from rnnlm.model.heads import LossOptions, build_head
 from rnnlm.model.layers import LAYERS, Context, Hidden, Layer, State, named_generator
 from rnnlm.model.precision import compute_dtype, full_precision
 
@@ -26,7 +27,7 @@ class RecurrentLM(nn.Module):
 
     Args:
         seed: of the initial weights and of the dropout masks.
-        loss_chunk_tokens: tokens whose logits are in memory at once.
+        loss_chunk_tokens, gradient_filter: as in TrainConfig.
         initialise: fill the weights; False where those of a checkpoint come into all of them, since an orthogonal
             matrix of 8,192 x 2,048 alone takes seconds.
 
@@ -35,7 +36,13 @@ class RecurrentLM(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, seed: int, loss_chunk_tokens: int = 512, initialise: bool = True
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        seed: int,
+        loss_chunk_tokens: int = 0,
+        initialise: bool = True,
+        gradient_filter: bool = False,
     ):
         super().__init__()
         if not (config.hidden_size and config.embedding_size):
@@ -50,7 +57,7 @@ class RecurrentLM(nn.Module):
             width = layers[-1].output_size
         self.layers = nn.ModuleList(layers)
 
-        self.head = build_head(config, width, self.embedding, loss_chunk_tokens)
+        self.head = build_head(config, width, self.embedding, LossOptions(loss_chunk_tokens, gradient_filter))
         self.ran_in: dict[str, str] = {}  # the dtype that each part really trained in, last time
         if initialise:
             self._initialise()

@@ -50,8 +50,8 @@ def made_once(owner: object, name: Hashable, make: Callable[[], Made]) -> Made:
         return make()
     key = (id(owner), name, torch.is_grad_enabled())
     if key not in made:
-        made[key] = make()
-    found: Made = made[key]
+        made[key] = owner, make()  # held, so that no other object can have its id
+    found: Made = made[key][1]
     return found
 
 

@@ -57,8 +57,8 @@ def load_model(config: Config, path: Path, device: torch.device) -> tuple[Recurr
         raise CheckpointError(f"{path}: a vocabulary of {vocab_size} in a smaller model; give the run its own again")
 
     def build() -> tuple[RecurrentLM, dict[str, Tensor]]:
-        sizes = (config.model, vocab_size, config.train.seed, config.train.loss_chunk_tokens)
-        model = RecurrentLM(*sizes, initialise=False)  # all parameters are in the checkpoint, or it is refused
+        # all parameters are in the checkpoint, or it is refused
+        model = RecurrentLM(config.model, vocab_size, config.train.seed, initialise=False)
         return model, dict(model.named_parameters())
 
     with torch.device("meta"):

@@ -13,6 +13,7 @@ import math
 from typing import Any
 
 from rnnlm.config import BY_SIZE, Config, ModelConfig, knobs
+from rnnlm.model.adaptive import adaptive_parameters
 from rnnlm.model.layers import GATES
 from rnnlm.train.inputs import Streams, open_ring
 
@@ -37,13 +38,14 @@ def parameter_budget(tokens: int) -> int:
 
 
 def parameters_of(model: ModelConfig, vocab_size: int) -> int:
-    """Parameters of a model with the softmax head; other code's cells are taken for an LSTM."""
+    """Parameters of a model; other code's cells are taken for an LSTM, its heads for a softmax."""
     embedding, hidden = model.embedding_size, model.hidden_size
     rows = GATES.get(model.cell, 4) * hidden
     recurrent = rows * (embedding + hidden + 2) + (model.layers - 1) * rows * (2 * hidden + 2)
     projection = embedding * hidden if embedding != hidden else 0  # to the width of tied vectors
     softmax = projection if model.tied else vocab_size * hidden
-    return vocab_size * embedding + recurrent + softmax + vocab_size
+    head = adaptive_parameters(model, vocab_size, hidden) if model.head == "adaptive" else softmax + vocab_size
+    return vocab_size * embedding + recurrent + head
 
 
 def model_for(model: ModelConfig, tokens: int, vocab_size: int) -> ModelConfig:

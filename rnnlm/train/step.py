@@ -49,7 +49,10 @@ class TrainStep:
         initialise: bool = True,
     ):
         self.config, self.accelerator, self.first, self.last = config, accelerator, first, last
-        raw = RecurrentLM(config.model, vocab_size, config.train.seed, config.train.loss_chunk_tokens, initialise)
+        train = config.train
+        raw = RecurrentLM(
+            config.model, vocab_size, train.seed, train.loss_chunk_tokens, initialise, train.gradient_filter
+        )
         self.raw = raw.to(accelerator.device)  # without DDP and autocast: for evaluation, generation, saving
         with errors_are_shared():
             _check_states(self.raw)
@@ -68,7 +71,7 @@ class TrainStep:
         self.rate = 0.0  # the last step's learning rate
         self._prepare()
 
-        graph = device.type == "cuda" and config.train.capture == "auto"
+        graph = device.type == "cuda" and config.train.capture == "auto" and self.raw.head.static_shapes
         self.record = record_cuda_graph if graph else None  # how steps are recorded; None: each runs by itself
         self._take: Step | None = None  # a step, or its replay: chosen when there is a batch
         # of its own for batches that arrive

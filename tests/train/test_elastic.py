@@ -34,14 +34,18 @@ def test_a_tree_sum_has_one_order() -> None:
 
 
 @pytest.mark.parametrize(
-    "moves",
-    [(1, 2), pytest.param((1, 2, 4, 1), marks=pytest.mark.slow)],
-    ids=lambda moves: "-".join(map(str, moves)),
+    ("moves", "head"),
+    [
+        pytest.param((1, 2), "softmax", id="1-2"),
+        pytest.param((1, 2, 4, 1), "softmax", marks=pytest.mark.slow, id="1-2-4-1"),
+        pytest.param((1, 2, 4, 1), "adaptive", marks=pytest.mark.slow, id="1-2-4-1-adaptive"),
+    ],
 )
 def test_fault_19_with_exact_slices_a_run_that_moves_has_the_bits_of_one_that_stays(
-    run_script: RunScript, train_here: TrainHere, experiment: Path, tmp_path: Path, moves: tuple[int, ...]
+    run_script: RunScript, train_here: TrainHere, experiment: Path, tmp_path: Path, moves: tuple[int, ...], head: str
 ) -> None:
-    options = (f"--config={experiment}", "--train.exact_slices=4", "--optim.horizon_steps=20")
+    fixed = (f"--config={experiment}", "--train.exact_slices=4", "--optim.horizon_steps=20")
+    options = (*fixed, f"--model.head={head}")
     run, stays = tmp_path / "run", tmp_path / "stays"
     ends = [20 * (index + 1) // len(moves) for index in range(len(moves))]
     for directory, attempts in ((stays, (1,) * len(moves)), (run, moves)):

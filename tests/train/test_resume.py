@@ -24,6 +24,7 @@ FACTORS = {
     "accumulation": (1, 3),
     "precision": ("fp32", "bf16"),
     "schedule": ("cosine", "plateau"),
+    "head": ("softmax", "adaptive"),
 }
 Case = tuple[str | int, ...]
 
@@ -65,7 +66,7 @@ def test_the_cases_cover_all_pairs() -> None:
 def test_fault_01_killed_anywhere_it_resumes_bit_for_bit(
     run_script: RunScript, train_here: TrainHere, experiment: Path, tmp_path: Path, streams: Path, case: Case
 ) -> None:
-    kill, processes, cell, prefetch, accumulation, precision, schedule = case
+    kill, processes, cell, prefetch, accumulation, precision, schedule, head = case
     launched = 0 if processes == 1 else processes
     windows = Ring(len(TokenStream(streams / "train")), 24, 32).windows_per_epoch
     assert 10 < windows < 20, "an epoch ends between the last checkpoint but one and the end"
@@ -73,6 +74,7 @@ def test_fault_01_killed_anywhere_it_resumes_bit_for_bit(
         f"--config={experiment}", "--train.global_batch_size=24", "--train.seq_len=32", f"--model.cell={cell}",
         f"--train.prefetch_threads={prefetch}", f"--train.accumulation={accumulation}", "--eval.every_steps=4",
         f"--train.precision={precision}", f"--optim.schedule={schedule}", "--optim.learning_rate=0.1",
+        f"--model.head={head}",
     ]  # fmt: skip
 
     def train(*more: str) -> None:

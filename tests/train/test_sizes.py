@@ -36,6 +36,12 @@ def test_parameters_are_counted_as_the_model_has_them(cell: str, tied: bool, emb
     assert parameters_of(config, 37) == RecurrentLM(config, 37, seed=1).parameter_counts()["total"]
 
 
+def test_parameters_of_an_adaptive_head_are_counted() -> None:
+    for cutoffs in ([], [5], [3, 9, 20]):
+        config = ModelConfig(head="adaptive", adaptive_cutoffs=cutoffs, embedding_size=6, hidden_size=8)
+        assert parameters_of(config, 37) == RecurrentLM(config, 37, seed=1).parameter_counts()["total"]
+
+
 @pytest.mark.parametrize(
     ("tokens", "vocab_size", "width"),
     # about 10 kB, 1 MB, 10 MB, 100 MB, 1 GB and 100 GB of text, with the vocabularies that suit them

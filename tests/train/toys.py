@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnnlm.config import ModelConfig, OptimConfig
-from rnnlm.model.heads import Head, register_head
+from rnnlm.model.heads import Head, LossOptions, register_head
 from rnnlm.model.layers import Context, Layer, State, register_layer
 from rnnlm.train.optim import Groups, OptimizerKind, register_optimizer
 from rnnlm.train.trackers import Tracker
@@ -62,7 +62,7 @@ class Parity(Head):
 
     predicts_tokens = False
 
-    def __init__(self, config: ModelConfig, input_size: int, embedding: nn.Embedding, chunk: int):
+    def __init__(self, config: ModelConfig, input_size: int, embedding: nn.Embedding, options: LossOptions):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(2, input_size))
 
