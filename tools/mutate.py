@@ -110,7 +110,7 @@ MODULES = {  # module -> the files of tests that concern it, the quickest first
 }
 LIBRARIES = ("torch", "accelerate", "numba", "safetensors.torch", "sentencepiece", "pydantic", "jsonargparse", "yaml",
              "matplotlib.pyplot", "pytest")  # fmt: skip  # imported once for all mutants
-PATIENCE = 5  # a mutant may take so many times as long as its tests do without it, and a minute; else it hangs
+PATIENCE = 3  # a mutant may take so many times as long as its tests do without it, and half a minute; else it hangs
 
 
 # Mutants
@@ -284,7 +284,7 @@ def try_all(wanted: list[Mutant], places: list[Place], marks: str) -> Iterator[t
             if place not in running and ahead:
                 mutant = ahead.pop()
                 tests = tests_of(mutant.module)
-                limit = 60 + PATIENCE * sum(seconds_without(place, path, marks) for path in tests)
+                limit = 30 + PATIENCE * sum(seconds_without(place, path, marks) for path in tests)
                 running[place] = mutant, run(place, mutant.module, mutant.code, tests, marks, limit)
 
         time.sleep(0.05)
