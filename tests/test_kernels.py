@@ -117,9 +117,8 @@ def test_workers_compile_nothing_after_a_build_has_prepared(tmp_path: Path, toke
     )
 
     cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    assert run_python(encode.replace("max_words=16", "max_words=2**18"), **cache).split()[1] != "0", (
-        "else it proves nothing"
-    )
+    larger = encode.replace("max_words=16", "max_words=2**18")
+    assert run_python(tmp_path, larger, **cache).split()[1] != "0", "else it proves nothing"
     shutil.rmtree(tmp_path / "cache")
     run_python(tmp_path, prepare, **cache)
     hits, misses = map(int, run_python(tmp_path, encode, **cache).split())

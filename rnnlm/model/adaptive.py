@@ -17,6 +17,7 @@ prices: rare pieces are told apart by few numbers, and how many tokens a cluster
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -140,7 +141,7 @@ class AdaptiveHead(Head):
         return [cluster for cluster in self.clusters if isinstance(cluster, Cluster)]
 
     def initialise(self, config: ModelConfig, generator: Callable[[str], torch.Generator]) -> None:
-        """Uniform in +-init_range, biases zero, as the softmax's."""
+        """Uniform in +-init_range, biases zero, as the softmax's; a cluster's entry is as likely as all its pieces."""
         spread = config.init_range
         self.weight.data.uniform_(-spread, spread, generator=generator("head"))
         self.bias.data.zero_()
@@ -148,6 +149,7 @@ class AdaptiveHead(Head):
             cluster.projection.data.uniform_(-spread, spread, generator=generator(f"cluster{number}.projection"))
             cluster.weight.data.uniform_(-spread, spread, generator=generator(f"cluster{number}.head"))
             cluster.bias.data.zero_()
+            self.bias.data[self.shortlist + number] = math.log(len(cluster.bias))  # else rare pieces begin far too rare
 
 
 def _within(cluster: Cluster, targets: Tensor) -> tuple[Tensor, Tensor]:

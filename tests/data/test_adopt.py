@@ -356,7 +356,7 @@ def test_a_run_on_adopted_tokens_is_the_run_on_the_same_stream_but_for_its_text(
     assert "samples.md" not in done.stdout and "bits/byte" not in done.stderr
     assert records(tmp_path / "r", "valid")[-1]["bits_per_byte"] is None
     assert {path.name for path in (tmp_path / "r").iterdir()} == {
-        "config.yaml", "checkpoints", "metrics.jsonl", "curves.png",
+        "config.yaml", "checkpoints", "metrics.jsonl", "curves.png", "lock",
     }  # fmt: skip
 
     longer = run_here(

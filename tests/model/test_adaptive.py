@@ -120,3 +120,9 @@ def test_what_cannot_work_is_said() -> None:
     config = ModelConfig(head="adaptive", adaptive_cutoffs=[10, 37], embedding_size=4, hidden_size=4)
     with pytest.raises(UserError, match=r"model.adaptive_cutoffs=\[10, 37\]: the vocabulary has 37 pieces"):
         RecurrentLM(config, 37, seed=1)
+
+
+def test_before_training_all_pieces_are_about_as_likely() -> None:
+    config = ModelConfig(head="adaptive", embedding_size=8, hidden_size=8, init_range=1e-6, adaptive_cutoffs=[2, 20])
+    head = RecurrentLM(config, VOCABULARY, seed=0).head
+    torch.testing.assert_close(head.logits(torch.ones(3, 8)).exp(), torch.full((3, VOCABULARY), 1 / VOCABULARY))

@@ -68,6 +68,7 @@ def test_ctrl_c_stops_a_build_between_the_units_of_a_compressed_file(
     text: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     """The parent alone gets the signal, as from a scheduler; the worker then has at most one unit to end."""
+    text.write_bytes(gzip.compress(gzip.decompress(text.read_bytes()) * 10))  # not done before the signal comes
     directory, log = prepare(tmp_path / "s", tokenizer), tmp_path / "log"
     process = subprocess.Popen(
         [*FAULTY, *options(text, directory, workers=2, unit_bytes=UNIT_BYTES)],
