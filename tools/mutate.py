@@ -111,9 +111,8 @@ MODULES = {  # module -> the files of tests that concern it, the quickest first
 LIBRARIES = ("torch", "accelerate", "numba", "safetensors.torch", "sentencepiece", "pydantic", "jsonargparse", "yaml",
              "matplotlib.pyplot", "pytest")  # fmt: skip  # imported once for all mutants
 PATIENCE = 3  # a mutant may take so many times as long as its tests do without it, and half a minute; else it hangs
-
-
-# Mutants
+TEST_SECONDS = 90  # of one default test, which then fails: a build that waits for ever is known by the first that hangs
+DEFAULT, SLOW = "not gpu and not slow", "not gpu and slow"
 
 
 @dataclass(frozen=True)
@@ -207,9 +206,6 @@ def share(call: Any) -> Iterator[Any]:
 OWN_OPERATORS: Any = [("BaseSmallStatement", leave_out), ("If", turn_round), ("While", turn_round), ("Call", share)]
 
 
-# Running them
-
-
 class Place:
     """A copy of the repository in which one mutant at a time is tested."""
 
@@ -242,7 +238,8 @@ class Place:
         sys.path[0], sys.dont_write_bytecode = str(self.root), True
         import pytest
 
-        options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={WORK}/temporary-{self.number}", "-m", marks]
+        options = ["-x", "-q", "-p", "no:cacheprovider", f"--timeout={TEST_SECONDS if marks == DEFAULT else 0}"]
+        options += [f"--basetemp={WORK}/temporary-{self.number}", "-m", marks]
         ended = pytest.main([*options, *tests])
         os._exit(0 if ended == pytest.ExitCode.NO_TESTS_COLLECTED else int(ended))  # none of them is slow
 
@@ -345,7 +342,7 @@ def main() -> None:
         for library in LIBRARIES:
             importlib.import_module(library)
         places = [Place(number) for number in range(options.jobs)]
-        for marks in ("not gpu and not slow", "not gpu and slow")[: 1 + options.slow]:
+        for marks in (DEFAULT, SLOW)[: 1 + options.slow]:
             try_unknown(wanted, places, marks)
     report(wanted)
 
