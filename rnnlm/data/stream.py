@@ -282,4 +282,4 @@ def _views(tokens: Tokens, length: int) -> Tokens:
     As numpy's sliding_window_view, which takes ten times as long to make them.
     """
     (step,) = tokens.strides
-    return np.ndarray((len(tokens) - length + 1, length), tokens.dtype, tokens, strides=(step, step))  # type: ignore[arg-type]
+    return np.ndarray((len(tokens) - length + 1, length), tokens.dtype, tokens, strides=(step, step))
