@@ -20,7 +20,7 @@ from rnnlm.data.ring import Ring
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.substreams import SubstreamDataset
 from rnnlm.errors import UserError
-from rnnlm.model.evaluate import WARM_UP, WINDOW, _warm_up, evaluate, share_blocks
+from rnnlm.model.evaluate import WARM_UP, WINDOW, _add_in_order, _warm_up, evaluate, share_blocks
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.texts import NamedSource
 
@@ -132,6 +132,21 @@ def test_the_bits_do_not_depend_on_the_number_of_processes(
     together = (torch.stack(each).sum(dim=0) for each in zip(*given, strict=True))
     found = evaluate(model, train_stream, 20, True, 0, processes, lambda own: next(together))
     assert found.nats == math.fsum(expected)
+
+
+@pytest.mark.parametrize("together", [1, 2, 5, 40])
+def test_windows_are_added_one_after_the_other_however_many_come_at_once(together: int) -> None:
+    """Where the order shows: losses that differ by far more than a number holds."""
+    losses = 10.0 ** np.random.default_rng(0).uniform(-20, 0, (3, 40, 2))  # rows, windows, sources
+    expected = np.zeros((3, 2))
+    for window in range(40):
+        expected += losses[:, window]
+
+    totals = np.zeros((3, 2))
+    for start in range(0, 40, together):
+        _add_in_order(totals, losses[:, start : start + together])
+    assert np.array_equal(totals, expected)
+    assert not np.array_equal(totals, losses[:, ::-1].sum(axis=1)), "another order has other bits"
 
 
 def test_how_a_stream_is_cut_changes_its_loss_by_rounding_alone(model: RecurrentLM, train_stream: TokenStream) -> None:
