@@ -10,7 +10,7 @@ one position a row and step. Tokens travel to the device as on disk, in two byte
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -24,7 +24,8 @@ from rnnlm.data.ring import Positions, Ring
 from rnnlm.data.stream import Tokens, TokenStream
 from rnnlm.errors import UserError
 
-READ_AHEAD = 4  # batches of each thread
+READ_TOGETHER = 4  # batches that a thread reads in one go: handing each over alone takes as long as reading it
+READ_AHEAD = 2  # such groups of each thread
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,8 @@ class ContinuityCheck:
         self._follows = tokens[:, -1]  # a row that ends before it ends the epoch
 
 
-def loader(dataset: SubstreamDataset, threads: int, pin_memory: bool) -> Iterator[Batch]:
-    """Batches in the order of the steps, each read ahead by one of `threads`; 0: read when asked for.
+def loader(dataset: SubstreamDataset, threads: int, pin_memory: bool) -> Generator[Batch, None, None]:
+    """Batches in the order of the steps, read ahead in small groups by `threads`; 0: read when asked for.
 
     Threads, not processes: numpy and the kernel read without Python's lock, and forking beside a process group's
     threads can hang the child for ever (CPython 3.11). Never hand batches to Accelerate's `prepare`, which would share
@@ -140,13 +141,18 @@ def loader(dataset: SubstreamDataset, threads: int, pin_memory: bool) -> Iterato
         batch = dataset.batch(step)
         return batch.pin_memory() if pin_memory else batch
 
-    steps = iter(range(dataset.first_step, dataset.last_step))
+    def read_group(steps: range) -> list[Batch]:
+        return [read(step) for step in steps]
+
+    steps = range(dataset.first_step, dataset.last_step)
     if not threads:
         yield from map(read, steps)
         return
 
+    groups = (steps[start : start + READ_TOGETHER] for start in range(0, len(steps), READ_TOGETHER))
     with ThreadPoolExecutor(threads, "prefetch") as pool:
-        waiting = deque(pool.submit(read, step) for step in islice(steps, READ_AHEAD * threads))
+        waiting = deque(pool.submit(read_group, group) for group in islice(groups, READ_AHEAD * threads))
         while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(read, step) for step in islice(steps, 1))
+            group = waiting.popleft().result()
+            waiting.extend(pool.submit(read_group, each) for each in islice(groups, 1))
+            yield from group

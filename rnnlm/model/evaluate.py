@@ -3,20 +3,30 @@
 The stream's ring is cut into `batch_size` substreams, so every token is scored once, the very first one after the last
 EOS. A substream begins with the state that the tokens before it leave behind, WARM_UP of them, which are read and not
 scored: if each began from zero, a short stream that is cut into many would have a higher loss than the same one uncut.
-Processes share the work in blocks of a fixed shape, and losses are summed in fp64, row by row, in one order: the result
+Losses are computed in blocks of a fixed shape and summed in fp64, row by row, in the order of the windows: the result
 depends on `batch_size` alone, to the last bit on one kind of machine, not on the number of processes or on the windows
-of training. The price: WARM_UP more tokens for each substream; more processes than blocks have nothing to do, and small
-blocks use a large GPU less than fully.
+of training. Processes share the blocks; of the blocks that are left for fewer processes than there are, several compute
+the same states, and each of them the losses of other windows, which are most of the work where the vocabulary is large:
+
+    5 blocks, 4 processes     process 0   1   2   3
+    turn 0                    block   0   1   2   3     all windows
+    turn 1                    block   4   4   4   4     windows 0 4 8 ..., 1 5 9 ..., 2 6 10 ..., 3 7 11 ...
+
+The price: WARM_UP more tokens for each substream; states that are computed twice; and small blocks use a large GPU less
+than fully.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,14 +34,16 @@ from rnnlm.data.ring import Positions, Ring
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.stream_format import Manifest
 from rnnlm.data.stream_sources import SourceMap
-from rnnlm.data.substreams import Batch, SubstreamDataset
+from rnnlm.data.substreams import Batch, SubstreamDataset, loader
 from rnnlm.errors import UserError
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.model.layers import Hidden
 
+Doubles = npt.NDArray[np.float64]
 BLOCK_ROWS = 16  # substreams computed together; part of what makes results comparable, so not an option
 WINDOW = 64  # tokens at once, likewise
 WARM_UP = 4 * WINDOW  # tokens before each substream, likewise
+EXCHANGED = 64  # windows between exchanges of what they sum up to; none waits for another process for longer
 
 
 @dataclass(frozen=True)
@@ -80,15 +92,18 @@ def evaluate(
     processes: int = 1,
     gather: Callable[[Tensor], Tensor] = lambda sums: sums,
     beat: Callable[[], None] = lambda: None,
+    prefetch_threads: int = 0,
 ) -> Evaluation:
     """Score a stream in the model's own precision (fp32), without dropout.
 
     Args:
         batch_size: substreams; fewer where the stream has fewer tokens.
         count_eos: whether ends of documents are scored and counted.
-        process, processes: this process computes blocks process, process + processes, ...
-        gather: adds up a (batch_size, sources) fp64 tensor over the processes; in each all rows but its own are zero.
-        beat: called after every batch, and as often by processes that have none left.
+        process, processes: this process does its share, as `share_blocks` says.
+        gather: adds up a (rows, windows, sources) fp64 tensor over the processes, all of which call it equally often;
+            in each all numbers but its own are zero.
+        beat: called after every window.
+        prefetch_threads: read batches ahead; 0: each when it is wanted.
 
     Raises:
         UserError: there is nothing to score.
@@ -99,30 +114,22 @@ def evaluate(
         raise UserError(f"{stream.directory}: all its tokens are EOS, and eval.count_eos=false scores none of these")
 
     rows = min(batch_size, len(stream))
-    ring = Ring(len(stream), rows, WINDOW)
-    device = model.embedding.weight.device
-    sources = SourceMap(stream) if len(stream.manifest.sources) > 1 else None
-    sums = torch.zeros(rows, len(sources.names) if sources else 1, dtype=torch.float64, device=device)
+    scoring = _Scoring(model, stream, Ring(len(stream), rows, WINDOW), -1 if count_eos else manifest.eos_id)
+    nats = np.zeros((rows, len(scoring.names)))  # fp64
+    for turn, (block, share, shares) in enumerate(share_blocks(-(-rows // BLOCK_ROWS), process, processes)):
+        begin = turn * processes * BLOCK_ROWS
+        of_turn = nats[begin : begin + processes * BLOCK_ROWS]
+        first = block * BLOCK_ROWS - begin
+        with closing(scoring.windows(block, share, shares, prefetch_threads)) as windows:
+            for _ in range(0, scoring.ring.windows_per_epoch, EXCHANGED):
+                sums = torch.zeros(len(of_turn), EXCHANGED, len(scoring.names), dtype=torch.float64)
+                sums = sums.to(scoring.device)
+                for place, own in enumerate(islice(windows, EXCHANGED)):
+                    if own is not None:
+                        sums[first : first + len(own), place] = own
+                    beat()
+                _add_in_order(of_turn, gather(sums).cpu().numpy())
 
-    for turn in range(0, rows, processes * BLOCK_ROWS):
-        first = turn + process * BLOCK_ROWS
-        if first >= rows:  # nothing left for this process, which still meets the others
-            for _ in range(1 + ring.windows_per_epoch):
-                beat()
-            continue
-
-        last = min(first + BLOCK_ROWS, rows)
-        hidden = _warm_up(model, stream, ring.edges(first, last)[:-1])
-        beat()
-        for batch in SubstreamDataset(stream, ring, first, last, 0, ring.windows_per_epoch):
-            inputs, targets = batch.to(device)
-            if not count_eos:
-                targets = targets.masked_fill(targets == manifest.eos_id, -1)
-            losses, hidden = model.token_losses(inputs, hidden, targets)
-            sums[first:last] += _sum_by_source(losses.double(), batch, sources)
-            beat()
-
-    nats = gather(sums)  # (batch_size, sources)
     ends = manifest.eos_tokens if count_eos else 0
     return Evaluation(
         nats=math.fsum(nats.flatten().tolist()),
@@ -132,8 +139,62 @@ def evaluate(
         documents=manifest.documents,
         count_eos=count_eos,
         batch_size=batch_size,
-        sources=_figures_by_source(nats, manifest, count_eos) if sources else {},
+        sources=_figures_by_source(nats, manifest, count_eos) if scoring.sources else {},
     )
+
+
+def share_blocks(blocks: int, process: int, processes: int) -> list[tuple[int, int, int]]:
+    """For each turn (block, share, shares): a process scores the windows share, share + shares, ... of this block.
+
+    In turn t the blocks from t * processes on, one for each process; of the last turn's all processes have their share.
+    """
+    left = blocks % processes
+    turns = [(block, 0, 1) for block in range(process, blocks - left, processes)]
+    if left:
+        own = [each * left // processes for each in range(processes)]  # which of the blocks that are left
+        together = own.count(own[process])
+        turns.append((blocks - left + own[process], process - own.index(own[process]), together))
+    return turns
+
+
+class _Scoring:
+    """What the blocks of an evaluation have in common.
+
+    Args:
+        not_scored: the target that is not; -1: none.
+    """
+
+    def __init__(self, model: RecurrentLM, stream: TokenStream, ring: Ring, not_scored: int):
+        self.model, self.stream, self.ring, self.not_scored = model, stream, ring, not_scored
+        self.device = model.embedding.weight.device
+        self.sources = SourceMap(stream) if len(stream.manifest.sources) > 1 else None
+        self.names = self.sources.names if self.sources else ["all"]
+
+    def windows(self, block: int, share: int, shares: int, threads: int) -> Generator[Tensor | None, None, None]:
+        """The loss of each window of a block, (rows, sources) fp64, in their order; None for other processes'."""
+        ring, first = self.ring, block * BLOCK_ROWS
+        last = min(first + BLOCK_ROWS, ring.substreams)
+        hidden = _warm_up(self.model, self.stream, ring.edges(first, last)[:-1])
+        dataset = SubstreamDataset(self.stream, ring, first, last, 0, ring.windows_per_epoch)
+        with closing(loader(dataset, threads, self.device.type == "cuda")) as batches:
+            for batch in batches:
+                inputs, targets = batch.to(self.device)
+                if batch.step % shares != share:
+                    hidden = self.model.advance(inputs, hidden)
+                    yield None
+                    continue
+
+                targets = targets.masked_fill(targets == self.not_scored, -1)
+                losses, hidden = self.model.token_losses(inputs, hidden, targets)
+                yield _sum_by_source(losses.double(), batch, self.sources)
+
+
+def _add_in_order(totals: Doubles, sums: Doubles) -> None:
+    """Add windows, (rows, windows, sources), to the totals of their rows, (rows, sources), one after the other.
+
+    In this order for any number of windows at once, as the last bit of a sum depends on it.
+    """
+    totals[:] = np.add.accumulate(np.concatenate([totals[:, None], sums], axis=1), axis=1)[:, -1]
 
 
 def _sum_by_source(losses: Tensor, batch: Batch, sources: SourceMap | None) -> Tensor:
@@ -146,7 +207,7 @@ def _sum_by_source(losses: Tensor, batch: Batch, sources: SourceMap | None) -> T
     return torch.stack(each, dim=1)
 
 
-def _figures_by_source(nats: Tensor, manifest: Manifest, count_eos: bool) -> dict[str, dict[str, Any]]:
+def _figures_by_source(nats: Doubles, manifest: Manifest, count_eos: bool) -> dict[str, dict[str, Any]]:
     """Of each source with tokens in the stream: loss, bits per byte, and the counts behind them."""
     found = {}
     for number, (name, counts) in enumerate(manifest.sources.items()):
@@ -167,14 +228,14 @@ def _warm_up(model: RecurrentLM, stream: TokenStream, begins: Positions) -> Hidd
     hidden = model.zero_hidden(len(begins))
     for done in range(0, WARM_UP, WINDOW):
         tokens = torch.from_numpy(stream.windows(begins - (WARM_UP - done), WINDOW)).to(device)
-        _, hidden = model.next_logits(tokens.to(torch.int64), hidden)
+        hidden = model.advance(tokens.to(torch.int64), hidden)
 
     # windows of those that begin too early have gone around the ring
     for row in np.flatnonzero(begins < WARM_UP).tolist():
         own = model.zero_hidden(1)
         if begins[row]:
             tokens = torch.from_numpy(stream.windows(np.array([0]), int(begins[row]))).to(device)
-            _, own = model.next_logits(tokens.to(torch.int64), own)
+            own = model.advance(tokens.to(torch.int64), own)
         for name, state in own.items():
             hidden[name][row] = state[0]
     return hidden

@@ -1,15 +1,16 @@
 """Text from the model: prompts warm up the hidden state, then tokens are drawn one at a time.
 
 All samples of all prompts advance as one batch, each from the state at its own prompt's end. A draw is a hash of
-(seed, prompt, sample, place), so a sample is the same whatever else is in the batch. The price: a sample that has
-ended keeps its row of the batch until the last one ends.
+(seed, prompt, sample, place), so a sample is the same whatever else is in the batch. It is made where the logits are,
+and only the ids that were drawn go to the host, on a GPU BLOCK_TOKENS of each sample at once: the device is not waited
+for at every token. The price: a sample that has ended keeps its row of the batch until the last one ends; some tokens
+are drawn behind the last end; and another device may round a logarithm otherwise, and so, rarely, draw another token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import TextIO
 
 import torch
@@ -24,6 +25,7 @@ from rnnlm.model.prompt import Prompt, piece_table
 from rnnlm.model.random_bits import hashed_bits, mix
 
 PLACE = 0x67656E  # in place of a place in the network, whose numbers are hashes: keeps draws apart from masks
+BLOCK_TOKENS = {"cpu": 1, "cuda": 16}  # drawn before the host looks at them: a hundredth of a second on a GPU
 
 
 @dataclass(frozen=True)
@@ -61,20 +63,26 @@ def generate(
     hidden: Hidden = {name: torch.cat([warm[prompt][1][name] for prompt, _ in owners]) for name in warm[0][1]}
 
     rows = [_Row(tokenizer, contexts[prompt], split[prompt], config) for prompt, _ in owners]
-    numbers = torch.tensor([(prompt << 20) + sample for prompt, sample in owners])
-    for place in count():
-        logits = logits.cpu()  # draws are alike whatever the device
-        for row, of_row in zip(rows, logits, strict=True):
+    numbers = torch.tensor([(prompt << 20) + sample for prompt, sample in owners], device=device)
+    place = 0
+    while True:
+        for index, row in enumerate(rows):
             if row.rest:
-                of_row.copy_(_only(of_row, table.agreeing(row.rest)))
+                logits[index] = _only(logits[index], table.agreeing(row.rest))
 
-        tokens = draw(logits, config, torch.tensor(place), numbers)  # (B,)
-        for row, owner, token in zip(rows, owners, tokens.tolist(), strict=True):
-            if row.is_running and (text := row.push(token)):
-                yield Fragment(*owner, text)
+        # what may be drawn next depends on what was, as long as one has to write its prompt's end
+        left = max(row.left for row in rows if row.is_running)
+        size = 1 if any(row.rest for row in rows) else min(BLOCK_TOKENS[device.type], left)
+        block, hidden = draw_block(model, logits, hidden, config, range(place, place + size), numbers)
+        place += size
+
+        for tokens in block.t().tolist():  # the device is waited for here alone
+            for row, owner, token in zip(rows, owners, tokens, strict=True):
+                if row.is_running and (text := row.push(token)):
+                    yield Fragment(*owner, text)
         if not any(row.is_running for row in rows):
             break
-        logits, hidden = model.next_logits(tokens[:, None].to(device), hidden)
+        logits, hidden = model.next_logits(block[:, -1:], hidden)
 
     for owner, row in zip(owners, rows, strict=True):
         if text := row.decoder.finish():
@@ -88,16 +96,16 @@ class _Row:
         self.tokenizer, self.config = tokenizer, config
         self.decoder = tokenizer.decoder(context)
         self.rest, self._hidden = prompt.rest, prompt.characters  # of the prompt, still to be written; shown already
-        self._left = config.max_tokens
+        self.left = config.max_tokens
         self.is_running = True
 
     def push(self, token: int) -> str:
         """The text that is certain once a token has come, without that of the prompt."""
         data = self.tokenizer.piece_bytes(token)
-        self._left -= len(data) > len(self.rest) or not self.rest  # a token of the prompt alone is none of the sample
+        self.left -= len(data) > len(self.rest) or not self.rest  # a token of the prompt alone is none of the sample
         self.rest = self.rest[len(data) :]
         ended = self.config.stop_at_eos and token == self.tokenizer.eos_id
-        self.is_running = not ended and self._left > 0
+        self.is_running = not ended and self.left > 0
 
         text = self.decoder.push(token)
         shown = text[: self._hidden]
@@ -107,7 +115,7 @@ class _Row:
 
 def _only(logits: Tensor, tokens: Sequence[int]) -> Tensor:
     """(V,) logits with -inf for all but some tokens."""
-    index = torch.tensor(tokens)
+    index = torch.tensor(tokens, device=logits.device)
     return torch.full_like(logits, -torch.inf).index_copy(0, index, logits[index])
 
 
@@ -134,6 +142,28 @@ def write_continuations(
         out.write("\n---\n".join(continuations(model, tokenizer, prompts, config).values()))
     out.write("\n")
     out.flush()
+
+
+def draw_block(
+    model: RecurrentLM, logits: Tensor, hidden: Hidden, config: GenerateConfig, places: range, rows: Tensor
+) -> tuple[Tensor, Hidden]:
+    """Tokens one after the other, without a look at any of them.
+
+    Args:
+        logits: (B, V) of the first.
+        hidden: the state that they came with.
+        places: how many tokens came before each.
+        rows: (B,) as in `draw`.
+
+    Returns:
+        (B, len(places)) int64, and the state before the last one.
+    """
+    drawn = list[Tensor]()  # (B,) each
+    for place in places:
+        if drawn:
+            logits, hidden = model.next_logits(drawn[-1][:, None], hidden)
+        drawn.append(draw(logits, config, torch.full((), place, device=rows.device), rows))
+    return torch.stack(drawn, dim=1), hidden
 
 
 def draw(logits: Tensor, config: GenerateConfig, place: Tensor, rows: Tensor) -> Tensor:

@@ -128,6 +128,12 @@ class RecurrentLM(nn.Module):
 
     @torch.no_grad()
     @full_precision()
+    def advance(self, tokens: Tensor, hidden: Hidden) -> Hidden:
+        """The state after tokens (B, T), without dropout or gradients, and without what the head would say."""
+        return self._run(tokens, hidden, Context())[1]
+
+    @torch.no_grad()
+    @full_precision()
     def next_logits(self, tokens: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
         """Logits of the token after the last one, (B, V); and the new state."""
         out, hidden = self._run(tokens, hidden, Context())

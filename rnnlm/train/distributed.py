@@ -37,7 +37,6 @@ from rnnlm.train.signals import die_with_launcher, has_lost_launcher
 __all__ = [
     "Accelerator",
     "AnyRank",
-    "Heartbeat",
     "all_gather_object",
     "errors_are_shared",
     "errors_may_be_local",
@@ -266,19 +265,3 @@ class AnyRank:
             return [False] * len(flags)
         before[1].synchronize()
         return [bool(flag) for flag in before[0].tolist()]
-
-
-class Heartbeat:
-    """Called equally often by all processes, some of which may have nothing to do: now and then a barrier, so that
-    none waits for long, and each time a beat for this process's watchdog."""
-
-    def __init__(self, accelerator: Accelerator, beat: Callable[[], None], every: int = 64):
-        self._accelerator, self._beat, self._every = accelerator, beat, every
-        self._calls = 0
-
-    def __call__(self) -> None:
-        """One beat; every 64th time, a barrier."""
-        self._calls += 1
-        if self._calls % self._every == 0:
-            self._accelerator.reduce(torch.zeros(1, device=self._accelerator.device), "sum").item()  # on GPUs it waits
-        self._beat()

@@ -15,7 +15,7 @@ from rnnlm.data.tokenizer import Tokenizer, find
 from rnnlm.errors import UserError
 from rnnlm.model.evaluate import Evaluation, evaluate
 from rnnlm.model.language_model import RecurrentLM
-from rnnlm.train.distributed import Accelerator, Heartbeat, errors_are_shared, launched, run_on_main
+from rnnlm.train.distributed import Accelerator, errors_are_shared, launched, run_on_main
 from rnnlm.train.inputs import stream_directory
 from rnnlm.train.load import choose, load_model
 
@@ -56,7 +56,7 @@ def evaluate_on_all_ranks(
     config: Config,
     beat: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Evaluate on all processes, each with its share of the blocks; all have the result."""
+    """Evaluate on all processes, each with its share of the work; all have the result."""
     return evaluate(
         model,
         stream,
@@ -65,5 +65,6 @@ def evaluate_on_all_ranks(
         accelerator.process_index,
         accelerator.num_processes,
         lambda sums: accelerator.reduce(sums, "sum"),
-        Heartbeat(accelerator, beat),
+        beat,
+        config.train.prefetch_threads,
     )

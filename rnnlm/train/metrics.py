@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from rnnlm import files
@@ -67,13 +65,13 @@ class Metrics(SilentMetrics):
 
     def __init__(self, directory: Path, config: RunConfig, step: int, total_steps: int):
         self.path, self.samples = directory / "metrics.jsonl", directory / "samples.md"
-        self.directory, self.step, self.total_steps = directory, step, total_steps
+        self.directory, self.total_steps = directory, total_steps
         lines = keep_lines(self.path, step)
         keep_samples(self.samples, step)
         files.sync(directory)  # else a power loss could bring the file of before back, without this attempt's lines
 
         self._file = self.path.open("a", encoding="utf-8")
-        self._started = self._drawn = time.monotonic()
+        self._drawn = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=1.0)
@@ -137,20 +135,18 @@ class Metrics(SilentMetrics):
 
     def _show_training(self, record: Mapping[str, Any]) -> None:
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f} ppl {record['ppl']:.1f}"
+        share = record["peak_share"]  # None where it was not measured
+        speed = f"{record['tokens_per_second']:,.0f} tok/s" + ("" if share is None else f" {share:.0%} of peak")
         if self._bar:
-            self._bar.set_postfix_str(f"loss {loss}, {record['tokens_per_second']:,.0f} tok/s", refresh=False)
+            self._bar.set_postfix_str(f"loss {loss}, {speed}", refresh=False)
             return
+
+        left = timedelta(seconds=round(record["seconds_left"]))  # as 1:02:03
         self.print_line(
             f"step {record['step']} of {self.total_steps} epoch {record['epoch']} loss {loss} "
-            f"lr {record['learning_rate']:.2e} grad {record['gradient_norm']:.3f} "
-            f"{record['tokens_per_second']:,.0f} tok/s "
-            f"waiting {record['data_wait_share']:.1%} {self._time_left(record['step'])} left"
+            f"lr {record['learning_rate']:.2e} grad {record['gradient_norm']:.3f} {speed} "
+            f"waiting {record['data_wait_share']:.1%} memory {record['peak_memory_bytes'] / 2**20:,.0f} MiB {left} left"
         )
-
-    def _time_left(self, step: int) -> str:
-        """Hours, minutes and seconds to the last step, at the pace of this attempt, as 1:02:03."""
-        seconds_per_step = (time.monotonic() - self._started) / max(1, step - self.step)
-        return str(timedelta(seconds=round(seconds_per_step * (self.total_steps - step))))
 
     def sample(self, step: int, text: str) -> None:
         """A failing disk is a warning."""
@@ -182,34 +178,3 @@ def keep_samples(path: Path, step: int) -> None:
         parts = re.split(r"(?m)^(?=## step \d+$)", text)
         kept = [part for part in parts if not (found := re.match(r"## step (\d+)", part)) or int(found[1]) <= step]
         write_file(path, "".join(kept).encode(), alone=True)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process ever held: on the GPU where it uses one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-class Stopwatch:
-    """Seconds of training, and of waiting for data, since the last line; pauses (evaluation, saving) left out."""
-
-    def __init__(self) -> None:
-        self.reset(0)
-
-    def reset(self, tokens: int) -> None:
-        """Start an interval, after this many tokens of training."""
-        self._start, self.waited, self._paused, self.tokens = time.perf_counter(), 0.0, 0.0, tokens
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """What happens here does not count."""
-        started = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - started
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of the interval so far."""
-        return max(1e-9, time.perf_counter() - self._start - self._paused)

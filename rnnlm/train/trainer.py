@@ -33,11 +33,12 @@ from rnnlm.train.ending import check_loss, print_finished, print_preempted
 from rnnlm.train.evaluation import evaluate_on_all_ranks
 from rnnlm.train.identity import other_versions, versions
 from rnnlm.train.inputs import Streams, open_streams
-from rnnlm.train.metrics import Metrics, SilentMetrics, Stopwatch, peak_memory_bytes
+from rnnlm.train.metrics import Metrics, SilentMetrics
 from rnnlm.train.run import Run, open_run, record_attempt, record_of
 from rnnlm.train.saving import Saving
 from rnnlm.train.schedule import ValidationMemory, learning_rate
 from rnnlm.train.signals import Interrupts, command_of, short_shutdown
+from rnnlm.train.speed import Peak, Stopwatch, WaitCheck, peak_memory_bytes
 from rnnlm.train.step import TrainStep
 from rnnlm.train.watchdog import Watchdog
 
@@ -67,7 +68,7 @@ class Trainer:
         self.interrupts, self.ring = interrupts, run.ring
 
         state = run.state  # of the checkpoint to resume from; None at the beginning
-        self.step = state.step if state else 0  # updates done, and so the data position
+        self.step = self.first_step = state.step if state else 0  # updates done, and so the data position
         self.horizon = state.horizon_steps if state else config.optim.horizon_steps or self.total_steps
         self.memory = ValidationMemory(**state.memory.model_dump()) if state else ValidationMemory()
         vocab_size, begins = streams.train.manifest.vocab_size, state is None
@@ -81,6 +82,9 @@ class Trainer:
         self.watchdog = Watchdog(60 * config.run.timeout_minutes, stacks)
         self.saving = Saving(run.directory, config.run, accelerator, self.metrics, self.watchdog, self.step)
         self.any_rank, self.clock = AnyRank(accelerator.device), Stopwatch()
+        self.wait_check = WaitCheck(config.train.prefetch_threads)
+        model, processes = self.train_step.raw, accelerator.num_processes
+        self.peak = Peak(model, accelerator.device, config.train.precision, processes)
 
     def fit(self) -> int:
         """Train to the end, or until a signal asks to stop; the exit code."""
@@ -167,21 +171,33 @@ class Trainer:
         """
         report, tokens = self.train_step.report(), self.ring.targets_before(self.step)
         self.saving.report()
+        if not self.accelerator.is_main_process:
+            return
 
+        seconds, waited = self.clock.seconds, self.clock.waited
         line = {
             "step": self.step,
             "tokens": tokens,
             "epoch": self.ring.locate(self.step - 1)[0],
             **report,
             "ppl": None if report["loss"] is None else exp(report["loss"]),
-            "tokens_per_second": (tokens - self.clock.tokens) / self.clock.seconds,
-            "data_wait_share": self.clock.waited / self.clock.seconds,
+            **self._speed((tokens - self.clock.tokens) / seconds),
+            "data_wait_share": waited / seconds,
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
             "processes": self.accelerator.num_processes,
             "ran_in": self.train_step.raw.ran_in,
         }
         self.metrics.write("train", line)
+        if warning := self.wait_check.warning(seconds, waited):
+            self.metrics.print_line(warning)
         self.clock.reset(tokens)
+
+    def _speed(self, tokens_per_second: float) -> dict[str, float | None]:
+        """The figures of a line that follow from how fast the interval, and the attempt, were."""
+        done, left = self.step - self.first_step, self.total_steps - self.step
+        seconds_left, whole = (self.clock.seconds_for(steps, done) for steps in (left, done + left))
+        share = self.peak.share(tokens_per_second, whole)
+        return {"tokens_per_second": tokens_per_second, "peak_share": share, "seconds_left": seconds_left}
 
     def validate(self) -> bool:
         """Evaluate on the validation stream; whether it is the best so far."""

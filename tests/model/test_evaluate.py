@@ -16,9 +16,11 @@ from conftest import make_text
 from rnnlm.config import Config, CorpusConfig, ModelConfig, StreamConfig
 from rnnlm.data.adopt import adopt
 from rnnlm.data.build.build import Build
+from rnnlm.data.ring import Ring
 from rnnlm.data.stream import TokenStream
+from rnnlm.data.substreams import SubstreamDataset
 from rnnlm.errors import UserError
-from rnnlm.model.evaluate import WARM_UP, evaluate
+from rnnlm.model.evaluate import WARM_UP, WINDOW, _add_in_order, _warm_up, evaluate, share_blocks
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.texts import NamedSource
 
@@ -85,17 +87,71 @@ def test_losses_of_tokens_are_summed_in_fp64(
     assert found.nats == pytest.approx(math.fsum(seen), rel=1e-13)
 
 
-@pytest.mark.parametrize("processes", [2, 3, 7])
-def test_the_bits_do_not_depend_on_the_number_of_processes(model: RecurrentLM, streams, processes: int) -> None:  # type: ignore[no-untyped-def]
-    stream = TokenStream(streams / "valid")
-    whole = evaluate(model, stream, 50, True)
-    sums: list[torch.Tensor] = []
+@pytest.mark.parametrize("processes", [1, 2, 3, 5, 12])
+def test_blocks_and_windows_are_each_scored_once_by_all_processes(processes: int) -> None:
+    """By the slow way: every (block, window), and who scores it."""
+    for blocks in range(1, 14):
+        shared = [share_blocks(blocks, process, processes) for process in range(processes)]
+        assert len({len(turns) for turns in shared}) == 1, "all take part in each turn"
+        for turn, together in enumerate(zip(*shared, strict=True)):
+            expected = range(turn * processes, min(blocks, (turn + 1) * processes))
+            assert [*dict.fromkeys(block for block, _, _ in together)] == [*expected]
+            for wanted in expected:
+                of_block = [(share, shares) for block, share, shares in together if block == wanted]
+                assert of_block == [(each, len(of_block)) for each in range(len(of_block))]
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(1, 0), (2, 1), (3, 0), (7, 1)])
+def test_the_bits_do_not_depend_on_the_number_of_processes(
+    model: RecurrentLM, train_stream: TokenStream, monkeypatch: pytest.MonkeyPatch, processes: int, threads: int
+) -> None:
+    """20 rows are 2 blocks: of 16, and of 4. Against sums in the order of windows, without any exchange."""
+    ring, expected = Ring(len(train_stream), 20, WINDOW), []
+    for rows in (range(16), range(16, 20)):
+        hidden, sums = _warm_up(model, train_stream, ring.edges(rows.start, rows.stop)[:-1]), [0.0] * len(rows)
+        for batch in SubstreamDataset(train_stream, ring, rows.start, rows.stop, 0, ring.windows_per_epoch):
+            inputs, targets = batch.to(torch.device("cpu"))
+            losses, hidden = model.token_losses(inputs, hidden, targets)
+            sums = [total + own for total, own in zip(sums, losses.double().sum(dim=1).tolist(), strict=True)]
+        expected += sums
+
+    monkeypatch.setattr("rnnlm.model.evaluate.EXCHANGED", 2)
+    scored, honest = list[int](), model.token_losses
+    given: list[list[torch.Tensor]] = [[] for _ in range(processes)]
     for process in range(processes):
-        evaluate(model, stream, 50, True, process, processes, lambda own: (sums.append(own), own)[1])
-    shared = evaluate(model, stream, 50, True, 0, processes, lambda own: torch.stack(sums).sum(dim=0))
-    assert shared.nats == whole.nats
-    assert len(sums) == processes
-    assert evaluate(model, stream, 49, True).nats == pytest.approx(whole.nats, rel=1e-6)
+
+        def token_losses(*arguments: Any, process: int = process) -> Any:
+            scored.append(process)
+            return honest(*arguments)
+
+        monkeypatch.setattr(model, "token_losses", token_losses)
+        note = lambda own, process=process: (given[process].append(own), own)[1]  # noqa: E731
+        evaluate(model, train_stream, 20, True, process, processes, note, prefetch_threads=threads)
+
+    assert len(scored) == 2 * ring.windows_per_epoch and {*scored} == {*range(processes)}, "each window once, by all"
+    together = (torch.stack(each).sum(dim=0) for each in zip(*given, strict=True))
+    found = evaluate(model, train_stream, 20, True, 0, processes, lambda own: next(together))
+    assert found.nats == math.fsum(expected)
+
+
+@pytest.mark.parametrize("together", [1, 2, 5, 40])
+def test_windows_are_added_one_after_the_other_however_many_come_at_once(together: int) -> None:
+    """Where the order shows: losses that differ by far more than a number holds."""
+    losses = 10.0 ** np.random.default_rng(0).uniform(-20, 0, (3, 40, 2))  # rows, windows, sources
+    expected = np.zeros((3, 2))
+    for window in range(40):
+        expected += losses[:, window]
+
+    totals = np.zeros((3, 2))
+    for start in range(0, 40, together):
+        _add_in_order(totals, losses[:, start : start + together])
+    assert np.array_equal(totals, expected)
+    assert not np.array_equal(totals, losses[:, ::-1].sum(axis=1)), "another order has other bits"
+
+
+def test_how_a_stream_is_cut_changes_its_loss_by_rounding_alone(model: RecurrentLM, train_stream: TokenStream) -> None:
+    found = [evaluate(model, train_stream, rows, True).nats for rows in (49, 50)]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 def test_more_substreams_than_tokens(model: RecurrentLM, streams) -> None:  # type: ignore[no-untyped-def]

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from io import StringIO
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from rnnlm.config import GenerateConfig, ModelConfig
 from rnnlm.data.sentencepiece_tokenizer import META, SentencePieceTokenizer
 from rnnlm.data.tokenizer import StreamDecoder, Tokenizer
+from rnnlm.model import generate as generate_module
 from rnnlm.model.generate import continuations, draw, generate, restrict, write_continuations
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.model.layers import Hidden
@@ -75,6 +77,31 @@ def test_a_row_that_has_ended_writes_nothing_while_others_go_on(model: Recurrent
         assert ended[owner] == tokens[:end], "the same draws, up to its own end"
     lengths = {len(tokens) for tokens in ended.values()}
     assert len(lengths) >= 4 and min(lengths) < 10, "rows end at different times"
+
+
+@pytest.mark.parametrize(("temperature", "max_tokens"), [(1.0, 23), (0.0, 3)])
+def test_blocks_of_tokens_are_those_drawn_one_by_one(
+    model: RecurrentLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, temperature: float, max_tokens: int
+) -> None:
+    """Prompts end inside a token, so that the first ones are drawn alone, and rows within a block."""
+    model.head.bias.data[tokenizer.eos_id] = 2.0
+    config = GenerateConfig(samples=3, max_tokens=max_tokens, temperature=temperature)
+    prompts, looks = ["anna se", "bob sees.", ""], list[int]()
+    honest = generate_module.draw_block
+
+    def draw_block(*arguments: Any) -> Any:
+        looks.append(len(arguments[4]))
+        return honest(*arguments)
+
+    monkeypatch.setattr(generate_module, "draw_block", draw_block)
+    one_by_one = continuations(model, tokenizer, prompts, config)
+    tokens = len(looks)
+    assert set(looks) == {1}
+    looks.clear()
+    monkeypatch.setitem(generate_module.BLOCK_TOKENS, "cpu", 5)
+    assert continuations(model, tokenizer, prompts, config) == one_by_one
+    assert len(looks) <= tokens <= sum(looks) < tokens + 5
+    assert looks[0] == 1 and max(looks) == min(5, max_tokens), "no more than are wanted"
 
 
 def test_a_row_is_decoded_after_its_own_prompt(model: RecurrentLM, listening: Listening) -> None:

@@ -9,6 +9,11 @@ import pytest
 import torch
 from conftest import FAULTY, TRAIN, RunScript, assert_same_bits, records
 
+from rnnlm.config import GenerateConfig, ModelConfig
+from rnnlm.model.generate import draw_block
+from rnnlm.model.language_model import RecurrentLM
+from rnnlm.train.speed import measured_peak
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU"),
@@ -58,3 +63,27 @@ def test_a_captured_run_has_the_bits_of_a_plain_one_and_resumes(
     assert resumed.returncode == 0, resumed.stderr
     assert "train.capture" not in resumed.stderr, "the graph is used"
     assert_same_bits(tmp_path / "run", tmp_path / "plain")
+
+
+def test_a_block_of_tokens_is_drawn_without_waiting_and_is_that_of_single_ones() -> None:
+    config = ModelConfig(embedding_size=32, hidden_size=64, layers=2, init_range=1.0)
+    model, options = RecurrentLM(config, 500, seed=1).to("cuda"), GenerateConfig(top_k=50, top_p=0.9)
+    rows, start = torch.arange(4, device="cuda"), torch.zeros(4, 1, dtype=torch.int64, device="cuda")
+    first, hidden = model.next_logits(start, model.zero_hidden(4))
+    single, logits, state = list[torch.Tensor](), first, hidden
+    for place in range(16):
+        tokens, _ = draw_block(model, logits, state, options, range(place, place + 1), rows)
+        logits, state = model.next_logits(tokens, state)
+        single.append(tokens)
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        block, _ = draw_block(model, first, hidden, options, range(16), rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(block, torch.cat(single, dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_measured_peak_is_that_of_a_gpu(dtype: torch.dtype) -> None:
+    assert measured_peak(dtype, torch.device("cuda", 0)) > 1e12

@@ -20,8 +20,9 @@ from rnnlm.train.trackers import WandbTracker
 def line(step: int, kind: str = "train", loss: float = 2.0) -> dict[str, object]:
     return {
         "kind": kind, "step": step, "tokens": step * 10, "epoch": 0, "loss": loss, "ppl": 7.4, "learning_rate": 0.1,
-        "gradient_norm": 0.2, "tokens_per_second": 1.0, "data_wait_share": 0.0, "token_perplexity": 7.4,
-        "bits_per_byte": 1.0, "best": False,
+        "gradient_norm": 0.2, "tokens_per_second": 1.0, "peak_share": 0.5, "seconds_left": 4900.0,
+        "data_wait_share": 0.0, "peak_memory_bytes": 2**31, "token_perplexity": 7.4, "bits_per_byte": 1.0,
+        "best": False,
     }  # fmt: skip
 
 

@@ -23,8 +23,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
-from rnnlm.config import HEADS, ModelConfig
+from rnnlm.config import HEADS, GenerateConfig, ModelConfig
 from rnnlm.data.substreams import Batch
+from rnnlm.model.generate import draw_block
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.train.distributed import start_accelerator
 from rnnlm.train.step import TrainStep
@@ -103,6 +104,17 @@ def test_no_value_is_read_by_any_head_that_does_not_say_so(tmp_path: Path, name:
     found: Any = nullcontext() if head.static_shapes else pytest.raises(READS)
     with found:
         take_steps(tmp_path, model={"head": name})
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 5}, {"top_k": 5, "top_p": 0.9}])
+@pytest.mark.parametrize("name", HEADS)
+def test_no_value_is_read_while_a_block_of_tokens_is_drawn(name: str, options: dict[str, Any]) -> None:
+    with FakeTensorMode():
+        model = RecurrentLM(ModelConfig(head=name, embedding_size=8, hidden_size=8), 300, seed=0)
+        logits, hidden, rows = torch.zeros(3, 300), model.zero_hidden(3), torch.zeros(3, dtype=torch.int64)
+        with Device():
+            block, _ = draw_block(model, logits, hidden, GenerateConfig(**options), range(4, 8), rows)
+    assert block.shape == (3, 4)
 
 
 @pytest.mark.parametrize(

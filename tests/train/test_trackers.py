@@ -168,17 +168,16 @@ def test_lines_say_when_they_were_written(tmp_path: Path) -> None:
 
 
 def test_a_line_says_how_far_the_run_is_and_how_long_it_will_take(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    now = [100.0]
-    monkeypatch.setattr("rnnlm.train.metrics.time", SimpleNamespace(monotonic=lambda: now[0]))
     metrics = Metrics(tmp_path, RunConfig(), 10, 1000)
-    now[0] += 50.0
     metrics.advance(19)
     assert capsys.readouterr().err == "", "in a file there are only the lines"
-    metrics.write("train", line(20))
-    # ten steps took 50 seconds, so 980 more take 4,900
-    assert re.search(r"^step 20 of 1000 epoch 0 loss .* 1:21:40 left$", capsys.readouterr().err)
+    for share, shown in ((0.456, "1 tok/s 46% of peak waiting"), (None, "1 tok/s waiting")):
+        metrics.write("train", {**line(20), "peak_share": share})
+        found = capsys.readouterr().err
+        assert re.search(r"^step 20 of 1000 epoch 0 loss .* memory 2,048 MiB 1:21:40 left$", found)
+        assert shown in found
     metrics.close()
 
 

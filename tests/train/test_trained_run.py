@@ -29,14 +29,16 @@ def damaged(uninterrupted: Uninterrupted, tmp_path: Path) -> Path:
     return run
 
 
-def test_two_processes_score_a_damaged_run_like_one_to_the_bit(
-    damaged: Path, run_here: RunHere, run_script: RunScript
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_processes_score_a_damaged_run_like_one_to_the_bit(
+    damaged: Path, run_here: RunHere, run_script: RunScript, processes: int
 ) -> None:
+    """Three blocks: with two processes the last one is shared by both."""
     options = (f"--run.directory={damaged}", "--eval.batch_size=40", "--eval.split=train", "--train.seq_len=7")
-    for found in (one := run_here(EVAL, *options), two := run_script(EVAL, *options, processes=2)):
+    for found in (one := run_here(EVAL, *options), more := run_script(EVAL, *options, processes=processes)):
         assert found.returncode == 0, found.stderr
         assert "every checkpoint is damaged" in found.stderr, "of the best one there is only this"
-    assert json.loads(one.stdout) == json.loads(two.stdout)
+    assert json.loads(one.stdout) == json.loads(more.stdout)
     assert (damaged / "checkpoints/step-00000020").is_dir(), "who only reads renames nothing"
 
 
