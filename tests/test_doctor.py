@@ -41,16 +41,16 @@ def test_a_line_is_right_wrong_or_untried_and_wrong_ones_make_the_exit_code(
     monkeypatch.syspath_prepend(ROOT / "tools")
     import doctor
 
-    found = [right("a"), wrong("b", "broken; mend it"), untried("c", "no GPU")]
+    found = [right("a"), wrong("b", "broken; repair it"), untried("c", "no GPU")]
     assert [each.line() for each in found] == [
         "a: right",
-        "b: wrong: broken; mend it",
+        "b: wrong: broken; repair it",
         "c: not to be tried here: no GPU",
     ]
     assert doctor.summary(found) == 1 and doctor.summary([found[0], found[2]]) == 0
     assert "1 right, 1 wrong, 1 not to be tried here" in capsys.readouterr().out
     (first, *_) = records([("x", 1.23456, found[1])])
-    assert first == {"check": "x", "seconds": 1.235, "subject": "b", "state": "wrong", "text": "broken; mend it"}
+    assert first == {"check": "x", "seconds": 1.235, "subject": "b", "state": "wrong", "text": "broken; repair it"}
 
     options = doctor.parse(["--config", str(ROOT / "configs/imdb.yaml"), "--", "--train.precision=bf16"])
     assert options.arguments == ["--train.precision=bf16"] and options.only == list(doctor.CHECKS)
@@ -64,13 +64,13 @@ def test_a_line_is_right_wrong_or_untried_and_wrong_ones_make_the_exit_code(
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "its process ended with SIGSEGV: it said nothing"),
         ("raise ValueError('no such kernel')", "ended with code 1: ValueError: no such kernel; to see all of it:"),
-        ("import time; time.sleep(60)", "has not ended after 1 s and was killed"),
-        (f"print('noise'); print('{MARK}' + '[{{\"subject\": \"s\", \"state\": \"right\", \"text\": \"t\"}}]')", "s: right: t"),
+        ("import time; time.sleep(60)", "has not ended after 0.2 s and was killed"),
+        (f"print('noise'); print('{MARK}' + '[{{\"subject\": \"s\", \"state\": \"right\"}}]')", "s: right"),
     ],
 )  # fmt: skip
 def test_a_check_that_crashes_or_hangs_is_a_line(program: str, said: str) -> None:
     hangs = "sleep" in program
-    (found,) = verdicts_of("check", [sys.executable, "-S", "-c", program], 1 if hangs else 60)
+    (found,) = verdicts_of("check", [sys.executable, "-S", "-c", program], 0.2 if hangs else 60)
     assert said in found.line()
     assert (found.state == "right") == program.startswith("print")
 
@@ -152,7 +152,7 @@ def test_the_time_of_a_save_is_held_against_the_grace(tmp_path: Path, experiment
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_formula_of_memory_is_near_what_a_step_takes(precision: str) -> None:
     """Above parameters, gradients and moments; without the libraries."""
-    size = Preset(vocab_size=700, embedding_size=64, hidden_size=96, layers=2, dropout=0.3, batch=16, window=24)
+    size = Preset(vocab_size=900, embedding_size=48, hidden_size=80, layers=3, dropout=0.3, batch=16, window=20)
     config, threads = size.config(precision, "cpu"), torch.get_num_threads()
     try:
         with launched(
@@ -165,8 +165,7 @@ def test_the_formula_of_memory_is_near_what_a_step_takes(precision: str) -> None
         torch.set_num_threads(threads)
     parts = bytes_needed(config, size.vocab_size, 1, "cpu")
     expected = sum(parts[name] for name in ("low-precision weights", "activations", "head"))
-    print(precision, taken, expected, parts)
-    assert 0.6 < expected / taken < 1.6
+    assert 0.8 < expected / taken < 1.25
     assert parts["parameters, gradients and moments"] == 16 * sum(each.numel() for each in step.parameters)
 
 

@@ -42,7 +42,7 @@ def verdicts_of(name: str, command: Sequence[str], limit_seconds: float) -> list
         try:
             out, errors = process.communicate(timeout=limit_seconds)
         except subprocess.TimeoutExpired:
-            return [wrong(name, f"has not ended after {limit_seconds:.0f} s and was killed; {again}")]
+            return [wrong(name, f"has not ended after {limit_seconds:g} s and was killed; {again}")]
         finally:
             with suppress(ProcessLookupError):  # also what it has left behind
                 os.killpg(process.pid, signal.SIGKILL)

@@ -6,13 +6,13 @@ processes. In bytes:
 
     parameters, gradients, moments    4 P (2 + m), p more while several processes sum; with slices (log2(K/W) + 2) P
     low-precision weights             w P, if w < 4
-    activations                       N (E (4 + w) + layers H ((G + 3) w + 4 + w)): what enters a layer, its gates and
-                                      cell for the backward pass, its output, and that after dropout
-    head                              n V (2 w), on a GPU n V (4 + w), and N H (4 + w)
+    activations                       N (E (2 w + 20) + layers H ((2 G + 1) w + 32)): what enters and leaves a layer,
+                                      its gates and cells, their slopes, masked copies; fitted to steps on a CPU
+    head                              n V w, on a GPU n V (4 + w); N H (4 + w); V H w
     the library                       1 GiB on a GPU: CUDA's context, cuBLAS's and cuDNN's workspaces; 0.5 GiB on a CPU
 
-An estimate: kernels choose their own workspaces, and PyTorch's allocator leaves gaps. The test
-`test_the_formula_of_memory_is_near_what_a_step_takes` compares it with a step.
+An estimate: kernels choose their own workspaces, cuDNN's share was not measured, and PyTorch's allocator leaves gaps.
+The test `test_the_formula_of_memory_is_near_what_a_step_takes` compares it with a step.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ def bytes_needed(config: Config, vocab_size: int, processes: int, device: str) -
     elif processes > 1:
         state += vocab_size * max(model.embedding_size, model.hidden_size)
 
-    layer = (GATES.get(model.cell, 4) + 3) * width + 4 + width
-    activations = tokens * (model.embedding_size * (4 + width) + model.layers * model.hidden_size * layer)
+    layer = (2 * GATES.get(model.cell, 4) + 1) * width + 32
+    activations = tokens * (model.embedding_size * (2 * width + 20) + model.layers * model.hidden_size * layer)
     chunk = min(tokens, train.loss_chunk_tokens or chunk_tokens(tokens, vocab_size, 4 if device == "cuda" else width))
-    logits = chunk * vocab_size * (width + (4 if device == "cuda" else width))
+    logits = chunk * vocab_size * (width + (4 if device == "cuda" else 0))
     return {
         "parameters, gradients and moments": 4 * state,
         "low-precision weights": width * parameters if width < 4 else 0,
         "activations": activations,
-        "head": logits + tokens * model.hidden_size * (4 + width),
+        "head": logits + model.hidden_size * (tokens * (4 + width) + vocab_size * width),
         "libraries": LIBRARY_BYTES[device],
     }
 

@@ -64,9 +64,7 @@ def without_waiting(step: TrainStep, batches: list[Batch], precision: str) -> Ve
         for batch in batches:
             step.run(batch, batch.step == 0, 0.001)
     except RuntimeError as error:
-        return wrong(
-            subject, f"{_first_line(error)}; it trains all the same, but slowly and without a graph; report it"
-        )
+        return wrong(subject, f"{_first_line(error)}; it trains all the same, but without a graph; report it")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return right(subject)
