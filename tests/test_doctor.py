@@ -163,6 +163,7 @@ def test_the_formula_of_memory_is_near_what_a_step_takes(precision: str) -> None
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         torch.set_num_threads(threads)
+
     parts = bytes_needed(config, size.vocab_size, 1, "cpu")
     expected = sum(parts[name] for name in ("low-precision weights", "activations", "head"))
     assert 0.8 < expected / taken < 1.25

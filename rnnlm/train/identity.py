@@ -66,7 +66,10 @@ def gradient_sums(config: Config) -> str:
     if processes == 1:
         return "one process"
 
-    if (library := str(dist.get_backend())) != "nccl":
+    library, compression = str(dist.get_backend()), config.train.gradient_compression
+    if compression != "none":
+        library = f"{compression} by {library}"
+    if not library.endswith("nccl"):
         return f"{library}, {processes} processes"
 
     version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]

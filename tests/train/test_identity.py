@@ -31,6 +31,7 @@ def test_how_gradients_are_summed_is_recorded(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
     assert gradient_sums(plain) == "gloo, 16 processes", "on any machines"
+    assert gradient_sums(Config(train=TrainConfig(gradient_compression="bf16"))) == "bf16 by gloo, 16 processes"
 
 
 def test_what_differs_is_named_and_nothing_else() -> None:
