@@ -105,6 +105,10 @@ def examine(name: str, options: argparse.Namespace) -> list[tuple[str, float, Ve
     check = CHECKS[name]
     if check.gpu and not options.gpus:
         return [(name, 0.0, untried(check.gpu, "no GPU"))]
+    if (
+        not options.gpus and name != "machine"
+    ):  # which says that it is wrong to ask for one; the others try what they can
+        options = argparse.Namespace(**{**vars(options), "device": "cpu"})
     return timed(name, check.seconds, arguments_of(options))
 
 

@@ -30,6 +30,7 @@ def check_recurrence(options: Namespace) -> Iterator[Verdict]:
     if options.device != "cuda":
         yield untried("recurrence in cuDNN", "no GPU is used here")
         return
+
     for precision, dtype in DTYPES.items():
         names = {cell: _kernel_names(cell, dtype) for cell in GATES}
         others = [cell for cell in GATES if recurrent_kernels(names[cell]) != "cudnn"]
@@ -37,6 +38,7 @@ def check_recurrence(options: Namespace) -> Iterator[Verdict]:
         if not others:
             yield right(subject, ", ".join(GATES))
             continue
+
         hint = slow_recurrence(precision, cudnn_version(), torch.cuda.get_device_capability())
         seen = ", ".join(sorted(names[others[0]])[:3])
         way_out = hint.partition(": ")[2] or "use another train.precision, or another build of PyTorch"

@@ -26,16 +26,19 @@ def check(options: Namespace, precision: str) -> Iterator[Verdict]:
     if precision == "fp16" and options.device != "cuda":
         yield untried("a step in fp16", "on a CPU nothing would run in fp16")
         return
+
     cuda = options.device == "cuda"
     more = ("--train.capture=off", f"--train.deterministic={str(cuda).lower()}")
     config = replace(SIZE, options=more).config(precision, options.device)
     with launched(config) as accelerator:
         step, batches = TrainStep(config, SIZE.vocab_size, accelerator, 0, SIZE.batch), make_batches(SIZE, STEPS)
         yield without_warnings(step, batches, precision)
+
         if not cuda:
             yield untried(f"a step in {precision} never waits for the GPU", "no GPU is used here")
             yield untried(f"a step in {precision} as a CUDA graph", "no GPU is used here")
             return
+        batches = [batch.pin_memory() for batch in batches]  # as a run's loader does
         yield without_waiting(step, batches, precision)
         yield captured_is_plain(accelerator, batches, precision)
 

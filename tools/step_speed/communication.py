@@ -98,7 +98,8 @@ def _worker(
     if processes > 1:
         count = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "RANK": rank, "LOCAL_RANK": rank}
         os.environ.update({name: str(value) for name, value in count.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")  # until it is set
+
     config = size.config(precision, device)
     with launched(config) as accelerator:
         first, last = (size.batch * each // processes for each in (rank, rank + 1))
