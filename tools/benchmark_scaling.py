@@ -106,6 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("ours", nargs="*", metavar="-- --section.key=value", help="options of the training")
     parser.add_argument("--json", type=Path, help="a file for all lines: a list of objects")
     options = parser.parse_args()
+
     if min(options.nvlink, options.infiniband, options.gpus_per_machine, options.repeats) <= 0 or options.step_ms < 0:
         raise UserError("--nvlink, --infiniband, --gpus-per-machine, --repeats: must be above 0; --step-ms: not below")
     return options

@@ -67,15 +67,15 @@ def gradient_sums(config: Config) -> str:
         return "one process"
 
     library, compression = str(dist.get_backend()), config.train.gradient_compression
-    if compression != "none":
-        library = f"{compression} by {library}"
-    if not library.endswith("nccl"):
-        return f"{library}, {processes} processes"
+    prefix = "" if compression == "none" else f"{compression} by "
+    if library != "nccl":
+        return f"{prefix}{library}, {processes} processes"
 
     version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     settings = [f"{name}={os.environ[name]}" for name in ("NCCL_ALGO", "NCCL_PROTO") if name in os.environ]
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    return f"{' '.join([library, version, *settings])}, {processes // here} machine(s) with {here} process(es) each"
+    named = prefix + " ".join([library, version, *settings])
+    return f"{named}, {processes // here} machine(s) with {here} process(es) each"
 
 
 def other_versions(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import FAULTY, TRAIN, RunScript, assert_same_bits, final_state, records
+from test_no_reads import Device
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 from rnnlm.config import Config, ModelConfig, TrainConfig
@@ -64,6 +66,15 @@ def test_what_is_not_finite_reaches_every_process_and_no_other_row() -> None:
     gradients[0][3] = float("nan")
     for end in exchanged(gradients, tokens):
         assert end[3].isnan().all() and end[[4, 5, 7]].isfinite().all()
+
+
+def test_no_value_is_read_on_the_way() -> None:
+    """As test_no_reads.py has it of all else in a step: a GPU is not waited for."""
+    with FakeTensorMode(), Device():
+        tokens, gradient = torch.zeros(20, dtype=torch.int64), torch.zeros(VOCABULARY, WIDTH)
+        ids, rows = distinct_rows(gradient, tokens, PROCESSES, torch.bfloat16)
+        add_rows(gradient, [ids, ids], [rows, rows])
+    assert rows.shape == (20, WIDTH)
 
 
 def test_no_row_is_sent_twice_so_the_order_of_additions_is_free() -> None:
