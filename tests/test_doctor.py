@@ -64,6 +64,7 @@ def test_a_line_is_right_wrong_or_untried_and_wrong_ones_make_the_exit_code(
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "its process ended with SIGSEGV: it said nothing"),
         ("raise ValueError('no such kernel')", "ended with code 1: ValueError: no such kernel; to see all of it:"),
+        ("raise SystemExit('error: model.x: no such key')", "check: wrong: model.x: no such key"),
         ("import time; time.sleep(60)", "has not ended after 0.2 s and was killed"),
         (f"print('noise'); print('{MARK}' + '[{{\"subject\": \"s\", \"state\": \"right\"}}]')", "s: right"),
     ],

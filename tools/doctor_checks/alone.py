@@ -51,6 +51,8 @@ def verdicts_of(name: str, command: Sequence[str], limit_seconds: float) -> list
     if found:
         return [Verdict(**each) for each in json.loads(found[-1])]
     last = next((line for line in reversed(errors.splitlines()) if line.strip()), "it said nothing")
+    if last.startswith("error: "):  # of the user's, with its way out
+        return [wrong(name, last.removeprefix("error: "))]
     how = signal.Signals(-process.returncode).name if process.returncode < 0 else f"code {process.returncode}"
     return [wrong(name, f"its process ended with {how}: {last.strip()}; {again}")]
 
