@@ -227,6 +227,9 @@ class TrainConfig:
     exact_slices: int = knob(0, at_least=0)
     """Form gradients on this many fixed slices of the substreams and add them in one fixed order, so that any number of
     processes that divides it trains to the same bits; a power of two. 0: off, and then equal up to rounding."""
+    gradient_compression: Literal["none", "bf16"] = knob("none", changeable=True)
+    """bf16: processes send each other gradients in bf16, half the bytes, and sum them in it: for slow networks, and not
+    with exact_slices."""
     rotate: bool = True
     """Move the window boundaries between epochs by rotating the ring."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

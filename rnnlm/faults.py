@@ -84,6 +84,11 @@ def _slice_faults(config: Config) -> list[str]:
                 f"train.global_batch_size={train.global_batch_size}: not divisible by {slices}; "
                 f"use {nearest(train.global_batch_size, train.exact_slices)}"
             )
+        if train.gradient_compression != "none":
+            found.append(
+                f"train.gradient_compression={train.gradient_compression}: rounds sums, and their bits then depend on "
+                f"the number of processes; use none with {slices}"
+            )
         if train.accumulation > 1:
             found.append(f"train.accumulation={train.accumulation}: slices are micro-batches; use 1 with {slices}")
     return found

@@ -102,6 +102,7 @@ CHANGEABLE = {  # what else may differ when a run is resumed, beside all of buil
     "stream.directory", "stream.verify", "optim.early_stop_patience", "train.epochs", "train.max_steps",
     "train.accumulation", "train.device", "train.cpu_threads", "train.deterministic", "train.prefetch_threads",
     "train.capture", "train.stop_after_skipped", "train.loss_chunk_tokens", "train.gradient_filter",
+    "train.gradient_compression",
 }  # fmt: skip
 
 

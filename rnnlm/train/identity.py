@@ -66,13 +66,16 @@ def gradient_sums(config: Config) -> str:
     if processes == 1:
         return "one process"
 
-    if (library := str(dist.get_backend())) != "nccl":
-        return f"{library}, {processes} processes"
+    library, compression = str(dist.get_backend()), config.train.gradient_compression
+    prefix = "" if compression == "none" else f"{compression} by "
+    if library != "nccl":
+        return f"{prefix}{library}, {processes} processes"
 
     version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     settings = [f"{name}={os.environ[name]}" for name in ("NCCL_ALGO", "NCCL_PROTO") if name in os.environ]
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    return f"{' '.join([library, version, *settings])}, {processes // here} machine(s) with {here} process(es) each"
+    named = prefix + " ".join([library, version, *settings])
+    return f"{named}, {processes // here} machine(s) with {here} process(es) each"
 
 
 def other_versions(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

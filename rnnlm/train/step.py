@@ -24,6 +24,7 @@ from rnnlm.model.language_model import RecurrentLM
 from rnnlm.model.layers import Hidden
 from rnnlm.model.precision import cast_once
 from rnnlm.train.capture import NotCapturedError, Step, capture, record_cuda_graph
+from rnnlm.train.communication import TokenVectorSum, sends_rows, sum_in_bf16
 from rnnlm.train.distributed import Accelerator, errors_are_shared, fill_on_main
 from rnnlm.train.guard import Guard
 from rnnlm.train.interval_loss import IntervalLoss
@@ -84,7 +85,12 @@ class TrainStep:
         Otherwise the first step of every attempt would sum its gradients in another order than the same step of an
         uninterrupted run; from three processes on the bits would differ.
         """
+        train, processes = self.config.train, self.accelerator.num_processes
+        rows = sends_rows(self.raw, train, processes)  # else their gradient is summed with all others
+        self.token_vectors = TokenVectorSum(self.raw, train, processes) if rows else None
         self.model = self.accelerator.prepare(self.raw)
+        if train.gradient_compression == "bf16" and processes > 1:
+            self.model.register_comm_hook(None, sum_in_bf16)
         token = torch.zeros((1, 1), dtype=torch.int64, device=self.rows.device)
         loss, _, _ = self.model(token, self.zero, token, token[0, 0], self.rows[:1])
         loss.backward()
@@ -180,6 +186,8 @@ class TrainStep:
                     self._drop_gradients()
         if tree:
             tree.finish(self._gradients())
+        elif self.token_vectors:
+            self.token_vectors.finish(self.inputs)
 
         added = self.interval.add(torch.stack(losses), torch.stack(counts))
         self._carry(after)

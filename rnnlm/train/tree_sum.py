@@ -56,5 +56,5 @@ def _over_processes(own: Tensor) -> Tensor:
     parts = parts.view(count, size)  # what every rank has of our share
     while len(parts) > 1:
         parts = parts[0::2] + parts[1::2]
-    dist.all_gather_into_tensor(padded, parts[0])
+    dist.all_gather(list(padded.chunk(count)), parts[0])
     return padded[: own.numel()]

@@ -29,8 +29,11 @@ def test_how_gradients_are_summed_is_recorded(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("NCCL_ALGO", "Tree")
     assert gradient_sums(plain).startswith("nccl 2.27.5 NCCL_ALGO=Tree, 2 machine(s)")
 
+    rounded = Config(train=TrainConfig(gradient_compression="bf16"))
+    assert gradient_sums(rounded).startswith("bf16 by nccl 2.27.5")
     monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
     assert gradient_sums(plain) == "gloo, 16 processes", "on any machines"
+    assert gradient_sums(rounded) == "bf16 by gloo, 16 processes"
 
 
 def test_what_differs_is_named_and_nothing_else() -> None:
