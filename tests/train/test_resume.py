@@ -45,7 +45,7 @@ def covering(factors: list[tuple[str | int, ...]]) -> list[Case]:
 
 
 CASES = covering(list(FACTORS.values()))
-DEFAULT = (1, 6, 7, 12)
+DEFAULT = (4, 6, 7, 9, 10)
 
 
 def test_the_cases_cover_all_pairs() -> None:
