@@ -75,6 +75,7 @@ def test_ctrl_c_stops_a_build_between_the_units_of_a_compressed_file(
         env=environment(FAULT="none", LOG=str(log)), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
     first_unit(log, process)
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=120)[1]
