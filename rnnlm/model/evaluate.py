@@ -108,11 +108,7 @@ def evaluate(
     Raises:
         UserError: there is nothing to score.
     """
-    manifest = stream.manifest
-    scored = manifest.tokens - (0 if count_eos else manifest.eos_tokens)
-    if not scored:
-        raise UserError(f"{stream.directory}: all its tokens are EOS, and eval.count_eos=false scores none of these")
-
+    manifest, scored = stream.manifest, scored_tokens(stream, count_eos)
     rows = min(batch_size, len(stream))
     scoring = _Scoring(model, stream, Ring(len(stream), rows, WINDOW), -1 if count_eos else manifest.eos_id)
     nats = np.zeros((rows, len(scoring.names)))  # fp64
@@ -141,6 +137,18 @@ def evaluate(
         batch_size=batch_size,
         sources=_figures_by_source(nats, manifest, count_eos) if scoring.sources else {},
     )
+
+
+def scored_tokens(stream: TokenStream, count_eos: bool) -> int:
+    """How many tokens of a stream an evaluation scores.
+
+    Raises:
+        UserError: none.
+    """
+    scored = stream.manifest.tokens - (0 if count_eos else stream.manifest.eos_tokens)
+    if not scored:
+        raise UserError(f"{stream.directory}: all its tokens are EOS, and eval.count_eos=false scores none of these")
+    return scored
 
 
 def share_blocks(blocks: int, process: int, processes: int) -> list[tuple[int, int, int]]:

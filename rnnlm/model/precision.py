@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by train.precision
+
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The precision that products with `weight` run in: autocast's where it is on, else the weight's own."""

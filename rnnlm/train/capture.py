@@ -87,11 +87,11 @@ def _difference(
 
     plain = after(step)
     try:
-        name = _first_other(after(replay), plain)
+        name = first_other(after(replay), plain)
     except Exception as error:
         return f"its replay failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
 
-    if name and (again := _first_other(after(step), plain)):
+    if name and (again := first_other(after(step), plain)):
         return (
             f"a step that is repeated gives other bits by itself, first in {again}, so that nothing can be compared; "
             "train.deterministic=true has only kernels that do not"
@@ -116,7 +116,7 @@ def _restore(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Non
         tensor.detach().copy_(before[name])
 
 
-def _first_other(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+def first_other(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """The name of the first tensor whose bits differ, NaN being like NaN; "" if there is none."""
     return next((name for name, each in found.items() if not torch.equal(_bits(each), _bits(expected[name]))), "")
 

@@ -13,7 +13,7 @@ from rnnlm.config import Config
 from rnnlm.data.stream import TokenStream
 from rnnlm.data.tokenizer import Tokenizer, find
 from rnnlm.errors import UserError
-from rnnlm.model.evaluate import Evaluation, evaluate
+from rnnlm.model.evaluate import Evaluation, evaluate, scored_tokens
 from rnnlm.model.language_model import RecurrentLM
 from rnnlm.train.distributed import Accelerator, errors_are_shared, launched, run_on_main
 from rnnlm.train.inputs import stream_directory
@@ -24,9 +24,10 @@ def evaluate_run(config: Config) -> Evaluation:
     """Evaluate eval.split with the model that run.checkpoint names, on all processes.
 
     Raises:
-        UserError: no run, no stream, or a stream of another tokenizer.
+        UserError: no run, no stream, one of another tokenizer, or one with nothing to score.
     """
     stream = TokenStream(stream_directory(config) / config.eval.split)
+    scored_tokens(stream, config.eval.count_eos)
     own = find(config.run.directory)  # not there after training on a stream without one
     if stream.manifest.tokenizer != (Tokenizer.load(own).digest if own.exists() else ""):
         way_out = f"build or adopt it with {own}" if own.exists() else f"there is no {own}: adopt it without one"

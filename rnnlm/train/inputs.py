@@ -14,6 +14,7 @@ from rnnlm.data.ring import Origin, Ring
 from rnnlm.data.stream import TokenStream
 from rnnlm.errors import UserError
 from rnnlm.faults import nearest
+from rnnlm.model.evaluate import scored_tokens
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def open_streams(config: Config) -> Streams:
     """The streams of stream.directory.
 
     Raises:
-        UserError: streams that are missing, damaged, or of different tokenizers.
+        UserError: streams that are missing, damaged, or of different tokenizers, or nothing to evaluate.
     """
     for key, value in (("stream.directory", config.stream.directory), ("run.directory", config.run.directory)):
         if not value:
@@ -61,6 +62,7 @@ def open_streams(config: Config) -> Streams:
         )
     if valid:
         _check_alike(train, valid)
+        scored_tokens(valid, config.eval.count_eos)
 
     for stream in (train, valid) if config.stream.verify else ():
         for _ in stream.verify() if stream else ():

@@ -16,12 +16,12 @@ from contextlib import contextmanager
 import torch
 
 from rnnlm.model.language_model import RecurrentLM
+from rnnlm.model.precision import DTYPES
 
 PEAK_SECONDS = 0.2  # for measuring the peak, about
 LONG_RUN_SECONDS = 120.0  # a run shorter than this is not measured: what it could save is less than one would look at
 LARGEST = {"cpu": 1024, "cuda": 4096}  # sides of the square matrices: 12 MiB and 192 MiB of fp32
 PRODUCTS = {"cpu": 1, "cuda": 20}  # timed as one: what a GPU is given arrives late
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WAITING_SHARE = 0.01  # of the time, from which on waiting for data is worth a warning
 JUDGED_SECONDS = 1.0  # of shorter times a share says little
 
@@ -134,25 +134,29 @@ def flops_per_token(model: RecurrentLM) -> int | None:
     return 6 * sum(each.numel() for each in parts if each.dim() > 1)
 
 
-def measured_peak(dtype: torch.dtype, device: torch.device) -> float:
+def measured_peak(dtype: torch.dtype, device: torch.device, largest: int = 0, seconds: float = 0) -> float:
     """Operations a second of products of square matrices, the best of sizes that double while there is time.
 
     Not timed: the first product of each size, in which libraries choose and load their kernels.
+
+    Args:
+        largest: side of the matrices; 0: that of LARGEST.
+        seconds: to measure for, about; 0: PEAK_SECONDS.
     """
-    ends, best = time.perf_counter() + PEAK_SECONDS, 0.0
+    ends, best = time.perf_counter() + (seconds or PEAK_SECONDS), 0.0
     generator = torch.Generator(device).manual_seed(0)  # of its own: nothing else draws other numbers for it
-    size, largest, times = 256, LARGEST[device.type], PRODUCTS[device.type]
+    size, largest, times = 256, largest or LARGEST[device.type], PRODUCTS[device.type]
     while True:
         left = torch.randn(size, size, generator=generator, device=device).to(dtype)
         right, out = left.t().contiguous(), torch.empty_like(left)
         torch.mm(left, right, out=out)
-        seconds = _seconds_of(left, right, out, times)
-        best = max(best, 2 * size**3 * times / seconds)
+        taken = _seconds_of(left, right, out, times)
+        best = max(best, 2 * size**3 * times / taken)
 
         left_over = ends - time.perf_counter()
-        if size < largest and left_over > 2 * 8 * seconds:  # twice the side, eight times the work, done twice
+        if size < largest and left_over > 2 * 8 * taken:  # twice the side, eight times the work, done twice
             size *= 2
-        elif left_over < seconds:
+        elif left_over < taken:
             return best
 
 

@@ -120,7 +120,7 @@ class TrainStep:
         other = Batch(batch.step + 1, batch.tokens.flip(0), batch.lengths.flip(0), batch.positions)
         inputs = [partial(self._load, batch, True, rate), partial(self._load, other, False, (rate or 1.0) / 2)]
         try:
-            return capture(self._execute, inputs, self._changing(), self.record)
+            return capture(self._execute, inputs, self.changing(), self.record)
         except NotCapturedError as error:
             if self.accelerator.is_main_process:
                 print(f"warning: train.capture: no CUDA graph, {error}; each kernel is started", file=sys.stderr)
@@ -134,7 +134,12 @@ class TrainStep:
             self._prepare()
         return self._execute
 
-    def _changing(self) -> dict[str, Tensor]:
+    @property
+    def is_captured(self) -> bool:
+        """Whether steps are replays of a CUDA graph; known after the first."""
+        return self._take not in (None, self._execute)
+
+    def changing(self) -> dict[str, Tensor]:
         """All that a step changes, by name."""
         states = optimizer_tensors(self.raw, self.raw_optimizer, self.config.optim)
         found = {**dict(self.raw.named_parameters()), **{f"optimizer.{name}": each for name, each in states.items()}}

@@ -59,7 +59,7 @@ def batch_of(number: int, config: Config) -> Batch:
 
 
 def everything(step: TrainStep) -> dict[str, Tensor]:
-    return {name: each.detach().clone() for name, each in step._changing().items()}
+    return {name: each.detach().clone() for name, each in step.changing().items()}
 
 
 def trained(step: TrainStep, steps: range = range(7)) -> dict[str, Tensor]:
@@ -216,6 +216,6 @@ def test_resumed_in_mid_run_a_captured_run_has_the_bits_of_a_plain_one(tmp_path:
 
     second = started(config)
     second.record = lambda function: function
-    for name, tensor in second._changing().items():
+    for name, tensor in second.changing().items():
         tensor.data.copy_(saved[name])
     assert_same(trained(second, range(3, 7)), plain)

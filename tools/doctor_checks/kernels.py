@@ -16,9 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from doctor_checks.verdict import Verdict, right, untried, wrong
 from rnnlm.model.dropout import Site, dropout, eager_dropout, find_kernel
 from rnnlm.model.layers import GATES, STATES, Context, RecurrentLayer
-from rnnlm.model.precision import cudnn_version, slow_recurrence
+from rnnlm.model.precision import DTYPES, cudnn_version, slow_recurrence
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CUDNN = re.compile(r"cudnn|RNN_block|persistRNN|(LSTM|GRU|RNN)_elementWise|elemWiseRNN", re.IGNORECASE)
 STEPWISE = re.compile(r"(lstm|gru)_cell_|tanh_kernel_cuda")  # PyTorch's own, one call for each position
 

@@ -14,6 +14,7 @@ from step_speed.presets import Preset, make_batches
 
 from doctor_checks.verdict import Verdict, right, untried, wrong
 from rnnlm.data.substreams import Batch
+from rnnlm.train.capture import first_other
 from rnnlm.train.distributed import Accelerator, launched
 from rnnlm.train.step import TrainStep
 
@@ -84,16 +85,13 @@ def captured_is_plain(accelerator: Accelerator, batches: list[Batch], precision:
         with redirect_stderr(said):
             for batch in batches:
                 step.run(batch, batch.step == 0, 0.001)
-        ends.append({name: each.detach().cpu() for name, each in step._changing().items()})
-        graph = step._take != step._execute
+        ends.append({name: each.detach().cpu() for name, each in step.changing().items()})
+        graph = step.is_captured
 
     if not graph:
         return wrong(subject, f"{said.getvalue().strip()}; train.capture=off leaves the trial out; report it")
-    differing = [
-        name for name, each in ends[0].items() if not torch.equal(each.nan_to_num(), ends[1][name].nan_to_num())
-    ]
-    if differing:
-        return wrong(subject, f"other bits in {', '.join(differing[:3])}; use train.capture=off, and report it")
+    if name := first_other(ends[1], ends[0]):
+        return wrong(subject, f"other bits, first in {name}; use train.capture=off, and report it")
     return right(subject, f"the bits of the plain step over {len(batches)} steps")
 
 

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 
 from rnnlm.config import HEADS
+from rnnlm.model.precision import DTYPES
 from rnnlm.train.distributed import Accelerator, launched
+from rnnlm.train.speed import flops_per_token, measured_peak
 from step_speed.floor import Floor
-from step_speed.measuring import Work, count_operations, in_turn, peak_memory, peak_rate
+from step_speed.measuring import Work, count_operations, in_turn, peak_memory
 from step_speed.parts import split_time
 from step_speed.presets import Preset, preset, reduced, tiny, without_dropout
 from step_speed.sides import Sides
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SQUARES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}  # sizes of matrices whose best rate is the peak
+LARGEST = {"cpu": 4096, "cuda": 16384}  # sides of the matrices whose best rate is the peak
+PEAK_SECONDS = 3.0  # for measuring it, about
 HOST_STEPS = 30
 BATCHES = 4
 
@@ -46,15 +48,15 @@ def compare(
             at = without_dropout(reduced(size) if device == "cpu" else size)
             row["loss_difference"] = Sides(at, precision, accelerator, loss_steps).loss_difference(loss_steps)
         row |= _host_time(tiny(size), precision, accelerator)
-        return row | measure(size, precision, accelerator, repeats, warm_up, SQUARES[device])
+        return row | measure(size, precision, accelerator, repeats, warm_up, PEAK_SECONDS)
 
 
 def measure(
-    size: Preset, precision: str, accelerator: Accelerator, repeats: int, warm_up: int, squares: tuple[int, ...]
+    size: Preset, precision: str, accelerator: Accelerator, repeats: int, warm_up: int, peak_seconds: float
 ) -> dict[str, Any]:
     """Times, memory, operations and the split of the time at this size."""
     device, dtype = accelerator.device, DTYPES[precision]
-    peak = peak_rate(dtype, device, squares)
+    peak = measured_peak(dtype, device, LARGEST[device.type], peak_seconds)
     sides = Sides(size, precision, accelerator, max(BATCHES, warm_up))
     floor = Floor(size, dtype, sides.inputs, sides.parameters()) if size.head == "softmax" else None
     pieces = floor.works if floor else {}
@@ -67,7 +69,7 @@ def measure(
     bottom = sum(seconds[piece] for piece in pieces)
     return {
         "repeats": repeats,
-        **_times(size, seconds, bottom, peak),
+        **_times(size, seconds, bottom, peak, flops_per_token(sides.ours.raw)),
         "floor_parts_ms": {piece: 1e3 * seconds[piece] for piece in pieces},
         "floor_forms": floor.chosen if floor else {},
         **_memory(sides),
@@ -78,7 +80,7 @@ def measure(
     }
 
 
-def _times(size: Preset, seconds: dict[str, float], floor: float, peak: float) -> dict[str, Any]:
+def _times(size: Preset, seconds: dict[str, float], floor: float, peak: float, flops: int | None) -> dict[str, Any]:
     """Medians and what follows from them; what a head of another kind makes meaningless is None."""
     loop, step = seconds["loop"], seconds["step"]
     return {
@@ -89,7 +91,7 @@ def _times(size: Preset, seconds: dict[str, float], floor: float, peak: float) -
         "ratio_to_loop": loop / step,
         "ratio_to_floor": step / floor if floor else None,
         "peak_flops": peak,
-        "share_of_peak": size.flops / step / peak if floor else None,
+        "share_of_peak": flops * size.tokens / step / peak if flops else None,
     }
 
 

@@ -43,22 +43,6 @@ def in_turn(works: dict[str, Work], device: torch.device, repeats: int, times: i
     return {name: median(seconds) for name, seconds in found.items()}
 
 
-def peak_rate(dtype: torch.dtype, device: torch.device, sizes: tuple[int, ...], repeats: int = 3) -> float:
-    """The best operations a second of products of square matrices; one multiplication and addition are two."""
-    rates = []
-    for size in sizes:
-        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(left)
-
-        def multiply(left: Tensor = left, right: Tensor = right, out: Tensor = out) -> None:
-            torch.mm(left, right, out=out)
-
-        multiply()
-        times = 20 if device.type == "cuda" else 1
-        rates += [2 * size**3 / seconds_of(multiply, device, times) for _ in range(repeats)]
-    return max(rates)
-
-
 def peak_memory(work: Work, device: torch.device, parameters: Sequence[Tensor] = ()) -> int:
     """The most bytes that were allocated during the work, above those allocated when it began; it is done once before.
 

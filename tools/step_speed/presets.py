@@ -43,13 +43,6 @@ class Preset:
         """Targets of a step."""
         return self.batch * self.window
 
-    @property
-    def flops(self) -> int:
-        """Multiplications and additions of a step's matrix products, with a softmax over the vocabulary."""
-        widths = [self.embedding_size, *[self.hidden_size] * (self.layers - 1)]
-        recurrent = sum(4 * self.hidden_size * (width + self.hidden_size) for width in widths)
-        return 6 * self.tokens * (recurrent + self.hidden_size * self.vocab_size)  # backward twice forward
-
     def config(self, precision: str, device: str) -> Config:
         """What a user would write for it.
 
